@@ -1,0 +1,86 @@
+"""Unet3D equals video-diffusion-pytorch 0.6.3, in outputs and in every gradient. Run: pytest tests/test_unet3d.py"""
+
+import pytest
+import torch
+from video_diffusion_pytorch import Unet3D as PeerUnet3D
+
+from video_diffusion.convert import unet_from_lucidrains, unet_to_lucidrains
+from video_diffusion.unet3d import Unet3D
+
+SMALL = dict(dim=16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=16)
+
+
+def twins(seed=0, **config):
+    """The same network twice: theirs and ours, with weights that are not at their initial values."""
+    torch.manual_seed(seed)
+    theirs = PeerUnet3D(**config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    ours = Unet3D(**config)
+    ours.load_state_dict(unet_from_lucidrains(theirs.state_dict()))
+    return theirs, ours
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+def grads(model, loss):
+    loss.backward()
+    return {k: p.grad if p.grad is not None else torch.zeros_like(p) for k, p in model.named_parameters() if p.requires_grad}
+
+
+CASES = {
+    'plain': (SMALL, {}, (2, 3, 5, 8, 12)),
+    'one frame': (SMALL, {}, (2, 3, 1, 8, 8)),
+    'seven frames, three levels': (dict(SMALL, dim_mults=(1, 2, 4)), {}, (1, 3, 7, 8, 8)),
+    'no sparse attention': (dict(SMALL, use_sparse_linear_attn=False), {}, (2, 3, 3, 8, 8)),
+    'other widths': (dict(dim=24, dim_mults=(2, 1), attn_heads=3, attn_dim_head=40, resnet_groups=4, channels=1,
+                          out_dim=2, init_kernel_size=3), {}, (2, 1, 4, 8, 8)),
+    'long clip': (SMALL, {}, (1, 3, 40, 4, 4)),
+    'cond': (dict(SMALL, cond_dim=6), dict(cond=6), (2, 3, 5, 8, 8)),
+    'cond dropped': (dict(SMALL, cond_dim=6), dict(cond=6, null_cond_prob=1.), (2, 3, 5, 8, 8)),
+    'focus none': (SMALL, dict(focus_present_mask=[False, False]), (2, 3, 5, 8, 8)),
+    'focus some': (SMALL, dict(focus_present_mask=[True, False]), (2, 3, 5, 8, 8)),
+    'focus all': (SMALL, dict(focus_present_mask=[True, True]), (2, 3, 5, 8, 8)),
+    'focus certain': (SMALL, dict(prob_focus_present=1.), (2, 3, 5, 8, 8)),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_output_and_all_gradients_equal_the_peer(case):
+    config, kwargs, shape = CASES[case]
+    theirs, ours = twins(**config)
+    x = torch.randn(shape)
+    time = torch.randint(0, 1000, shape[:1])
+    kwargs = dict(kwargs)
+    if 'cond' in kwargs:
+        kwargs['cond'] = torch.randn(shape[0], kwargs['cond'])
+    if 'focus_present_mask' in kwargs:
+        kwargs['focus_present_mask'] = torch.tensor(kwargs['focus_present_mask'])
+    results = []
+    for model in (theirs, ours):
+        xi = x.clone().requires_grad_()
+        out = model(xi, time, **kwargs)
+        target = torch.linspace(-1, 1, out.numel()).view_as(out)
+        g = grads(model, ((out - target) ** 2).mean())
+        results.append((out, xi.grad, g))
+    (out_a, x_a, grads_a), (out_b, x_b, grads_b) = results
+    assert relative(out_b, out_a) < 1e-4
+    assert relative(x_b, x_a) < 1e-4
+    grads_a = unet_from_lucidrains({**theirs.state_dict(), **grads_a})
+    largest = max(g.norm() for g in grads_b.values())
+    for name, g in grads_b.items():
+        # relative to its own size; a gradient that is zero up to rounding is held to the size of the others
+        difference = (g - grads_a[name]).norm()
+        assert difference < 1e-4 * grads_a[name].norm() + 1e-7 * largest, name
+
+
+def test_weights_go_back_unchanged():
+    theirs, ours = twins(**dict(SMALL, cond_dim=6))
+    back = unet_to_lucidrains(ours.state_dict())
+    assert back.keys() == theirs.state_dict().keys()
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(back[name], weight), name

@@ -1,0 +1,192 @@
+"""Attention over time and over space, for videos.
+
+A video has too many pixels to let every pixel of every frame attend to every other. The factorised
+U-Net of "Video Diffusion Models" (Ho et al. 2022, arXiv 2204.03458) therefore attends twice: along time,
+where each pixel position sees itself in all frames, and along space, where the pixels of one frame see
+one another.
+
+    TemporalAttention        b h w sequences of f frames     softmax, rotary + relative-position bias
+    SpatialAttention         b f sequences of h w pixels     softmax, for the small map in the middle
+    SpatialLinearAttention   b f sequences of h w pixels     linear in h w, for the large maps
+
+Every block maps a video x (b, c, f, h, w) to `x + attention(norm(x))`, and shares one softmax, `attend`.
+
+**Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
+channels then lie side by side, so the norms and projections below work on plain rows, and no
+rearrangement in this file that ends in `c` copies anything.
+
+**Slices.** The sequences are short (5 to 16 frames) and there are tens of thousands of them. The queries,
+keys and values of all of them are many times larger than a processor's cache, and training would have to
+keep them. `in_slices` works through a few thousand tokens at a time instead, and when training it computes
+each slice a second time in the backward pass rather than remember what was inside.
+"""
+
+import math
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# How many tokens a slice holds. On a CPU a slice should stay in cache (4096 tokens x 3 x 256 channels are
+# 12 MB); a GPU wants work for thousands of threads at once, and slices only bound its memory.
+TOKENS_PER_SLICE = {'cpu': 4096, 'other': 2 ** 18}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention, the only one in the library: q, k, v (..., heads, n, d); bias is added to the logits."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def in_slices(block: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+    """`block(x)` for x (..., c), computed slice by slice along `dim`, whose entries do not see one another."""
+    tokens = TOKENS_PER_SLICE.get(x.device.type, TOKENS_PER_SLICE['other'])
+    tokens_per_entry = x[..., 0].numel() // x.shape[dim]
+    slices = x.split(max(1, tokens // tokens_per_entry), dim)
+    if torch.is_grad_enabled():
+        done = [checkpoint(block, s, use_reentrant=False, preserve_rng_state=False) for s in slices]
+    else:
+        done = [block(s) for s in slices]
+    return torch.cat(done, dim) if len(done) > 1 else done[0]
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels, the last axis, with a gain and no bias."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.gain.shape, self.gain, eps=1e-5)
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per head and distance between frames, added to the attention logits (T5, arXiv 1910.10683).
+
+    Distances are sorted into buckets: half of them for each sign; of a half, the first half hold one
+    distance each and the rest grow logarithmically up to `max_distance`, beyond which all share the last.
+    """
+
+    def __init__(self, heads: int, buckets: int = 32, max_distance: int = 32):
+        super().__init__()
+        self.max_distance = max_distance
+        self.bias = nn.Embedding(buckets, heads)
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        buckets_per_sign = self.bias.num_embeddings // 2
+        exact = buckets_per_sign // 2
+        size = distance.abs()
+        growth = torch.log(size.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        coarse = (exact + (growth * (buckets_per_sign - exact)).long()).clamp(max=buckets_per_sign - 1)
+        return torch.where(size < exact, size, coarse) + torch.where(distance > 0, buckets_per_sign, 0)
+
+    def forward(self, frames: int) -> Tensor:
+        position = torch.arange(frames, device=self.bias.weight.device)
+        bias = self.bias(self.bucket(position[None, :] - position[:, None]))  # query, key, heads
+        return rearrange(bias, 'i j heads -> heads i j')
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): turn each pair of features of frame i by i times the pair's frequency.
+
+    x (..., f, d), angles (f, r) with r <= d / 2 pairs; features beyond 2 r stay as they are.
+    """
+    pairs = 2 * angles.shape[-1]
+    turned, kept = x[..., :pairs], x[..., pairs:]
+    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)  # the two features of each pair
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+class TemporalAttention(nn.Module):
+    """Each pixel position attends to itself in every frame."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, rotary: RotaryEmbedding):
+        super().__init__()
+        self.heads = heads
+        self.rotary = rotary  # shared by all layers; holds the frequencies
+        self.norm = ChannelNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor, frames_alone: bool = False) -> Tensor:
+        """x (b c f h w); bias (heads f f), or (b heads f f) where samples differ.
+
+        `frames_alone`: no frame sees another. Attention to oneself only is the value, whatever the weights.
+        """
+        f, h = x.shape[2:4]
+        angles = torch.arange(f, device=x.device)[:, None] * self.rotary.freqs  # (f, pairs)
+
+        def attention(x):  # (b f n c), n pixels
+            qkv = self.to_qkv(self.norm(x))
+            q, k, v = rearrange(qkv, 'b f n (three heads d) -> three b n heads f d', three=3, heads=self.heads)
+            out = attend(rotate(q, angles), rotate(k, angles), v, bias if bias.ndim == 3 else bias[:, None])
+            return x + self.to_out(rearrange(out, 'b n heads f d -> b f n (heads d)'))
+
+        def values_only(x):  # (b f n c)
+            to_value = self.to_qkv.weight.chunk(3)[2]
+            return x + self.to_out(F.linear(self.norm(x), to_value))
+
+        x = rearrange(x, 'b c f h w -> b f (h w) c')
+        x = in_slices(values_only if frames_alone else attention, x, dim=2)
+        return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
+
+
+class SpatialAttention(nn.Module):
+    """The pixels of a frame attend to one another."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int = 32):
+        super().__init__()
+        self.heads = heads
+        self.norm = ChannelNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h = x.shape[0], x.shape[3]
+
+        def attention(x):  # (b f) n c
+            q, k, v = rearrange(self.to_qkv(self.norm(x)), 'bf n (three heads d) -> three bf heads n d',
+                                three=3, heads=self.heads)
+            return x + self.to_out(rearrange(attend(q, k, v), 'bf heads n d -> bf n (heads d)'))
+
+        x = in_slices(attention, rearrange(x, 'b c f h w -> (b f) (h w) c'), dim=0)
+        return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
+
+
+class SpatialLinearAttention(nn.Module):
+    """The pixels of a frame attend to one another at a cost linear in their number (arXiv 1812.01243).
+
+    Softmax attention weighs values by softmax(q k^T), an n x n matrix. Here queries and keys are normalised
+    apart, softmax(q) over features and softmax(k) over pixels, so that the product can be taken from the
+    right: first the context k^T v, a d x d summary of the frame, and then q times that.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int = 32):
+        super().__init__()
+        self.heads = heads
+        self.norm = ChannelNorm(dim)
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h = x.shape[0], x.shape[3]
+
+        def attention(x):  # (b f) n c
+            q, k, v = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+            q = q.unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(-2)
+            k = k.softmax(dim=-2)
+            k, v = (rearrange(y, 'bf n (heads d) -> bf heads n d', heads=self.heads) for y in (k, v))
+            context = k.transpose(-1, -2) @ v / math.sqrt(k.shape[-1])  # bf heads d e
+            # What the output projection would do to every pixel it can do once to the frame's context.
+            to_out = rearrange(self.to_out.weight, 'c (heads e) -> heads e c', heads=self.heads)
+            context_out = rearrange(context @ to_out, 'bf heads d c -> bf (heads d) c')
+            return x + torch.baddbmm(self.to_out.bias, q, context_out)
+
+        x = in_slices(attention, rearrange(x, 'b c f h w -> (b f) (h w) c'), dim=0)
+        return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)

@@ -1,0 +1,286 @@
+"""Unet3D: the space-time-factorised U-Net of "Video Diffusion Models" (Ho et al. 2022, arXiv 2204.03458).
+
+An image U-Net becomes a video U-Net in two steps. Its convolutions and spatial attention stay 2-D and see
+each frame alone (kernels are 1 x k x k); and after every spatial attention comes a temporal attention, in
+which each pixel position looks at itself in the other frames. That is all the time there is in the
+network, so any number of frames can be given, and with temporal attention held back ("focus on the
+present") the same weights are an image model.
+
+                       x (b c f h w) in [-1, 1], time (b), cond (b cond_dim)
+                       |
+    1x7x7 conv, temporal attention ----------------------------------------------------- skip --.
+                       |                                                                         |
+    level: 2 ResNet blocks, spatial linear attention, temporal attention -- skip --.   last ResNet block,
+                       | 1x4x4 conv, stride 2                                       |     1x1x1 conv
+    level: the same, more channels ----------- skip --.        level: the same, mirrored <-------'
+                       | ...                           |            | 1x4x4 transposed conv
+    middle: block, spatial attention, temporal attention, block -> ...
+
+    >>> unet = Unet3D(dim=64, dim_mults=(1, 2, 4, 8))
+    >>> unet(torch.randn(1, 3, 10, 32, 32), torch.tensor([500])).shape
+    torch.Size([1, 3, 10, 32, 32])
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from rotary_embedding_torch import RotaryEmbedding
+from torch import Tensor, nn
+
+from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention
+
+BERT_DIM = 768
+
+
+class SinusoidalEmbedding(nn.Module):
+    """A number as sines and cosines of geometrically spaced frequencies, from 1 down to 1 / 10000."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = self.dim // 2
+        exponent = torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1))
+        angle = time[:, None] * exponent.exp()[None, :]
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (b, dim)
+
+
+class FrameConv(nn.Conv2d):
+    """A 1 x k x k convolution: a 2-D one that sees every frame as an image of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(super().forward, x)
+
+
+class FrameConvTranspose(nn.ConvTranspose2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(super().forward, x)
+
+
+def per_frame(function, x: Tensor) -> Tensor:
+    """Fold the frames into the batch and back. In channels-last memory neither copies."""
+    y = function(rearrange(x, 'b c f h w -> (b f) c h w'))
+    return rearrange(y, '(b f) c h w -> b c f h w', b=x.shape[0])
+
+
+class Block(nn.Module):
+    """Convolution, group norm over the whole clip, FiLM (a scale and a shift per channel), SiLU."""
+
+    def __init__(self, dim_in: int, dim_out: int, groups: int):
+        super().__init__()
+        self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, dim_out)
+
+    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        x = self.norm(self.conv(x))
+        if scale_shift is not None:
+            scale, shift = scale_shift[:, :, None, None, None].chunk(2, dim=1)
+            x = x * (scale + 1) + shift
+        return F.silu(x)
+
+
+class ResnetBlock(nn.Module):
+    """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
+
+    def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
+        super().__init__()
+        self.to_scale_shift = nn.Linear(emb_dim, 2 * dim_out) if emb_dim else None
+        self.block1 = Block(dim_in, dim_out, groups)
+        self.block2 = Block(dim_out, dim_out, groups)
+        self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
+        h = self.block1(x, scale_shift)
+        h = self.block2(h)
+        return h + self.shortcut(x)
+
+
+class Level(nn.Module):
+    """All that happens at one resolution of one side of the U."""
+
+    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module):
+        super().__init__()
+        self.block1 = ResnetBlock(dim_in, dim_out, **resnet)
+        self.block2 = ResnetBlock(dim_out, dim_out, **resnet)
+        self.spatial_attention = spatial
+        self.temporal_attention = temporal
+
+    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool) -> Tensor:
+        x = self.block1(x, emb)
+        x = self.block2(x, emb)
+        x = self.spatial_attention(x)
+        return self.temporal_attention(x, bias, frames_alone)
+
+
+class Unet3D(nn.Module):
+    def __init__(
+        self,
+        dim: int,                            # channels of the first level; every other width is a multiple
+        cond_dim: int | None = None,         # size of the condition vector; None: unconditional
+        out_dim: int | None = None,          # channels of the output; None: as the input
+        dim_mults: tuple[int, ...] = (1, 2, 4, 8),  # width of each level
+        channels: int = 3,
+        attn_heads: int = 8,
+        attn_dim_head: int = 32,             # features per head of the temporal attention
+        use_bert_text_cond: bool = False,    # condition on BERT embeddings: cond_dim is 768
+        init_dim: int | None = None,         # channels after the first convolution; None: dim
+        init_kernel_size: int = 7,
+        use_sparse_linear_attn: bool = True,  # spatial linear attention at every level
+        resnet_groups: int = 8,
+    ):
+        super().__init__()
+        # All that is needed to build this network again; checkpoints store it.
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
+        if init_kernel_size % 2 == 0:
+            raise ValueError(f'init_kernel_size={init_kernel_size}: give an odd size, so that the output keeps its size')
+        self.channels = channels
+        self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
+        self.has_cond = self.cond_dim is not None
+
+        # Time and condition become one vector that every block but the last is modulated by.
+        time_dim = 4 * dim
+        self.time_mlp = nn.Sequential(
+            SinusoidalEmbedding(dim), nn.Linear(dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
+        self.null_cond = nn.Parameter(torch.randn(1, self.cond_dim)) if self.has_cond else None
+
+        resnet = dict(groups=resnet_groups, emb_dim=time_dim + (self.cond_dim or 0))
+        rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
+
+        def temporal(width):
+            return TemporalAttention(width, attn_heads, attn_dim_head, rotary)
+
+        def level(width_in, width_out):
+            spatial = SpatialLinearAttention(width_out, attn_heads) if use_sparse_linear_attn else nn.Identity()
+            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out))
+
+        init_dim = init_dim or dim
+        self.init_conv = FrameConv(channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
+        self.init_temporal_attention = temporal(init_dim)
+        self.time_bias = RelativePositionBias(attn_heads)
+
+        widths = [init_dim] + [dim * mult for mult in dim_mults]
+        pairs = list(zip(widths[:-1], widths[1:]))  # (in, out) of each level
+        self.downs = nn.ModuleList(level(narrow, wide) for narrow, wide in pairs)
+        self.downsamples = nn.ModuleList(
+            [FrameConv(wide, wide, 4, stride=2, padding=1) for _, wide in pairs[:-1]] + [nn.Identity()])
+
+        self.mid_block1 = ResnetBlock(widths[-1], widths[-1], **resnet)
+        self.mid_spatial_attention = SpatialAttention(widths[-1], attn_heads)
+        self.mid_temporal_attention = temporal(widths[-1])
+        self.mid_block2 = ResnetBlock(widths[-1], widths[-1], **resnet)
+
+        pairs.reverse()
+        self.ups = nn.ModuleList(level(2 * wide, narrow) for narrow, wide in pairs)
+        self.upsamples = nn.ModuleList(
+            [FrameConvTranspose(narrow, narrow, 4, stride=2, padding=1) for narrow, _ in pairs[:-1]] + [nn.Identity()])
+
+        self.final_block = ResnetBlock(2 * init_dim, dim, groups=resnet_groups)
+        self.final_conv = FrameConv(dim, out_dim or channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,                                   # (b c f h w), noisy video in [-1, 1] plus noise
+        time: Tensor,                                # (b), diffusion step
+        cond: Tensor | None = None,                  # (b cond_dim)
+        null_cond_prob: float = 0.,                  # drop the condition of a sample with this probability
+        focus_present_mask: Tensor | None = None,    # (b) bool: in these samples no frame sees another
+        prob_focus_present: float = 0.,              # without a mask: draw one with this probability
+        null_cond_mask: Tensor | None = None,        # (b) bool: drop the condition of these samples instead
+    ) -> Tensor:
+        self.check(x, cond)
+        b, _, f = x.shape[:3]
+        bias, frames_alone = self.temporal_bias(b, f, focus_present_mask, prob_focus_present)
+
+        x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
+        x = self.init_conv(x)
+        # The public package never applies the mask to this first attention; pretrained weights expect that.
+        x = self.init_temporal_attention(x, self.time_bias(f))
+        first = x
+
+        emb = self.time_mlp(time)
+        if self.has_cond:
+            if null_cond_mask is None:
+                null_cond_mask = bernoulli(b, null_cond_prob, x.device)
+            cond = torch.where(null_cond_mask[:, None], self.null_cond, cond.to(emb.dtype))
+            emb = torch.cat((emb, cond), dim=-1)
+
+        skips = []
+        for level, downsample in zip(self.downs, self.downsamples):
+            x = level(x, emb, bias, frames_alone)
+            skips.append(x)
+            x = downsample(x)
+
+        x = self.mid_block1(x, emb)
+        x = self.mid_spatial_attention(x)
+        x = self.mid_temporal_attention(x, bias, frames_alone)
+        x = self.mid_block2(x, emb)
+
+        for level, upsample in zip(self.ups, self.upsamples):
+            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone)
+            x = upsample(x)
+
+        x = self.final_block(torch.cat((x, first), dim=1))
+        return self.final_conv(x)
+
+    def forward_with_cond_scale(
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Tensor | None = None,
+        focus_present_mask: Tensor | None = None,
+        prob_focus_present: float = 0.,
+        *,
+        cond_scale: float = 2.,
+    ) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598): from the unconditional prediction towards, and past, the
+        conditional one. Scale 1 is the plain conditional forward, 0 the unconditional one."""
+        focus = dict(focus_present_mask=focus_present_mask, prob_focus_present=prob_focus_present)
+        with_cond = self(x, time, cond, **focus)
+        if cond_scale == 1 or not self.has_cond:
+            return with_cond
+        without = self(x, time, cond, null_cond_prob=1., **focus)
+        return without + (with_cond - without) * cond_scale
+
+    def temporal_bias(
+        self, batch: int, frames: int, mask: Tensor | None, prob: float,
+    ) -> tuple[Tensor, bool]:
+        """The bias of all temporal attentions, and whether they reduce to their values.
+
+        A sample that focuses on the present gets minus infinity for every frame but the own one.
+        """
+        bias = self.time_bias(frames)  # (heads f f)
+        if mask is None and 0 < prob < 1:
+            mask = bernoulli(batch, prob, bias.device)
+        if mask is None:
+            return bias, prob >= 1 or frames == 1
+        if mask.all():
+            return bias, True
+        others = ~torch.eye(frames, dtype=torch.bool, device=bias.device)
+        hidden = mask[:, None, None, None] & others  # (b 1 f f)
+        return bias.masked_fill(hidden, -math.inf), False
+
+    def check(self, x: Tensor, cond: Tensor | None) -> None:
+        """Say what is wrong with an input before a layer deep inside says something else."""
+        if x.ndim != 5 or x.shape[1] != self.channels:
+            raise ValueError(f'the video has shape {tuple(x.shape)}: expected '
+                             f'(batch, {self.channels} channels, frames, height, width)')
+        h, w = x.shape[3:]
+        step = 2 ** (len(self.downs) - 1)
+        if h % step or w % step:
+            raise ValueError(f'frames of {h}x{w}: with {len(self.downs)} levels, height and width must be '
+                             f'multiples of {step} ({step}, {2 * step}, {3 * step}, ...)')
+        if self.has_cond and cond is None:
+            raise ValueError(f'this model is conditional: give cond, a tensor of shape ({x.shape[0]}, {self.cond_dim})')
+        if not self.has_cond and cond is not None:
+            raise ValueError('cond was given, but this model was built without cond_dim')
+        if self.has_cond and cond.shape != (x.shape[0], self.cond_dim):
+            raise ValueError(f'cond has shape {tuple(cond.shape)}: expected ({x.shape[0]}, {self.cond_dim})')
+
+
+def bernoulli(count: int, prob: float, device: torch.device) -> Tensor:
+    """(count) bools, each True with the given probability; 0 and 1 are certain."""
+    return torch.rand(count, device=device) < prob
