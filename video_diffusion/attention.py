@@ -15,42 +15,30 @@ Every block maps a video x (b, c, f, h, w) to `x + attention(norm(x))`, and shar
 channels then lie side by side, so the norms and projections below work on plain rows, and no
 rearrangement in this file that ends in `c` copies anything.
 
-**Slices.** The sequences are short (5 to 16 frames) and there are tens of thousands of them. The queries,
-keys and values of all of them are many times larger than a processor's cache, and training would have to
-keep them. `in_slices` works through a few thousand tokens at a time instead, and when training it computes
-each slice a second time in the backward pass rather than remember what was inside.
+**Slices.** The sequences are short (5 to 16 frames) and there are tens of thousands of them: their
+queries, keys and values are many times larger than a processor's cache, and training would have to keep
+them all. `in_slices` (slices.py) works through a few thousand tokens at a time and forgets what was inside.
 """
 
 import math
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-# How many tokens a slice holds. On a CPU a slice should stay in cache (4096 tokens x 3 x 256 channels are
-# 12 MB); a GPU wants work for thousands of threads at once, and slices only bound its memory.
-TOKENS_PER_SLICE = {'cpu': 4096, 'other': 2 ** 18}
-
+from .slices import in_slices
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention, the only one in the library: q, k, v (..., heads, n, d); bias is added to the logits."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    """Softmax attention, the only one in the library: q, k, v (..., heads, n, d), bias added to the logits.
 
-
-def in_slices(block: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
-    """`block(x)` for x (..., c), computed slice by slice along `dim`, whose entries do not see one another."""
-    tokens = TOKENS_PER_SLICE.get(x.device.type, TOKENS_PER_SLICE['other'])
-    tokens_per_entry = x[..., 0].numel() // x.shape[dim]
-    slices = x.split(max(1, tokens // tokens_per_entry), dim)
-    if torch.is_grad_enabled():
-        done = [checkpoint(block, s, use_reentrant=False, preserve_rng_state=False) for s in slices]
-    else:
-        done = [block(s) for s in slices]
-    return torch.cat(done, dim) if len(done) > 1 else done[0]
+    With a learned bias in training, torch's fused kernels fall back to a slower path than these three lines.
+    """
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
+    return logits.softmax(dim=-1) @ v
 
 
 class ChannelNorm(nn.Module):
@@ -90,17 +78,23 @@ class RelativePositionBias(nn.Module):
         return rearrange(bias, 'i j heads -> heads i j')
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): turn each pair of features of frame i by i times the pair's frequency.
+def rotations(frames: int, rotary: RotaryEmbedding, dim_head: int) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) as complex numbers, (f, dim_head / 2).
 
-    x (..., f, d), angles (f, r) with r <= d / 2 pairs; features beyond 2 r stay as they are.
+    Features are taken in pairs, as the real and imaginary part of one number. Pair j of frame i is turned by
+    the angle i * frequency_j, which is a multiplication by exp(1j * angle). Pairs beyond the rotary's own
+    stay as they are.
     """
-    pairs = 2 * angles.shape[-1]
-    turned, kept = x[..., :pairs], x[..., pairs:]
-    a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)  # the two features of each pair
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+    position = torch.arange(frames, device=rotary.freqs.device)
+    angle = F.pad(position[:, None] * rotary.freqs.float(), (0, dim_head // 2 - len(rotary.freqs)))
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x (b f n heads*d) with every head's pairs turned by `turn` (f, d / 2)."""
+    pairs = x.float().unflatten(-1, (-1, turn.shape[-1], 2))  # (b f n heads pairs 2)
+    turned = torch.view_as_complex(pairs) * turn[:, None, None, :]
+    return torch.view_as_real(turned).flatten(-3).to(x.dtype)
 
 
 class TemporalAttention(nn.Module):
@@ -109,31 +103,35 @@ class TemporalAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dim_head: int, rotary: RotaryEmbedding):
         super().__init__()
         self.heads = heads
+        self.dim_head = dim_head
         self.rotary = rotary  # shared by all layers; holds the frequencies
         self.norm = ChannelNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, frames_alone: bool = False) -> Tensor:
-        """x (b c f h w); bias (heads f f), or (b heads f f) where samples differ.
+        """x (b c f h w); bias (heads f f), or (b 1 heads f f) where samples differ.
 
         `frames_alone`: no frame sees another. Attention to oneself only is the value, whatever the weights.
         """
         f, h = x.shape[2:4]
-        angles = torch.arange(f, device=x.device)[:, None] * self.rotary.freqs  # (f, pairs)
+        turn = rotations(f, self.rotary, self.dim_head)
+        size = self.heads * self.dim_head
 
         def attention(x):  # (b f n c), n pixels
-            qkv = self.to_qkv(self.norm(x))
-            q, k, v = rearrange(qkv, 'b f n (three heads d) -> three b n heads f d', three=3, heads=self.heads)
-            out = attend(rotate(q, angles), rotate(k, angles), v, bias if bias.ndim == 3 else bias[:, None])
+            qk, v = self.to_qkv(self.norm(x)).split((2 * size, size), dim=-1)
+            q, k = rearrange(rotate(qk, turn), 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
+            v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
+            out = attend(q, k, v, bias)
             return x + self.to_out(rearrange(out, 'b n heads f d -> b f n (heads d)'))
 
         def values_only(x):  # (b f n c)
-            to_value = self.to_qkv.weight.chunk(3)[2]
+            to_value = self.to_qkv.weight[2 * size:]
             return x + self.to_out(F.linear(self.norm(x), to_value))
 
         x = rearrange(x, 'b c f h w -> b f (h w) c')
-        x = in_slices(values_only if frames_alone else attention, x, dim=2)
+        x = in_slices(values_only if frames_alone else attention, x, dim=2, tokens_per_entry=len(x) * f,
+                      uses=[bias, *self.parameters()])
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
 
@@ -155,7 +153,8 @@ class SpatialAttention(nn.Module):
                                 three=3, heads=self.heads)
             return x + self.to_out(rearrange(attend(q, k, v), 'bf heads n d -> bf n (heads d)'))
 
-        x = in_slices(attention, rearrange(x, 'b c f h w -> (b f) (h w) c'), dim=0)
+        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        x = in_slices(attention, x, dim=0, tokens_per_entry=x.shape[1], uses=self.parameters())
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
 
 
@@ -188,5 +187,6 @@ class SpatialLinearAttention(nn.Module):
             context_out = rearrange(context @ to_out, 'bf heads d c -> bf (heads d) c')
             return x + torch.baddbmm(self.to_out.bias, q, context_out)
 
-        x = in_slices(attention, rearrange(x, 'b c f h w -> (b f) (h w) c'), dim=0)
+        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        x = in_slices(attention, x, dim=0, tokens_per_entry=x.shape[1], uses=self.parameters())
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)

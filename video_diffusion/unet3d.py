@@ -30,6 +30,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention
+from .slices import in_slices
 
 BERT_DIM = 768
 
@@ -75,11 +76,21 @@ class Block(nn.Module):
         self.norm = nn.GroupNorm(groups, dim_out)
 
     def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        x = self.norm(self.conv(x))
-        if scale_shift is not None:
-            scale, shift = scale_shift[:, :, None, None, None].chunk(2, dim=1)
-            x = x * (scale + 1) + shift
-        return F.silu(x)
+        """x (b c f h w), scale_shift (b, 2 dim_out)."""
+        x = self.conv(x)
+        block, xs = (self.norm_silu, (x,)) if scale_shift is None else (self.norm_film_silu, (x, scale_shift))
+        return in_slices(block, *xs, dim=0, tokens_per_entry=x[0, 0].numel(), uses=self.norm.parameters())
+
+    def norm_silu(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(x))
+
+    def norm_film_silu(self, x: Tensor, scale_shift: Tensor) -> Tensor:
+        # The norm's own gain and bias join the modulation, so that the large tensor is scaled only once.
+        scale, shift = scale_shift.chunk(2, dim=1)
+        gain = self.norm.weight * (scale + 1)
+        bias = self.norm.bias * (scale + 1) + shift
+        x = F.group_norm(x, self.norm.num_groups)
+        return F.silu(torch.addcmul(bias[:, :, None, None, None], x, gain[:, :, None, None, None]))
 
 
 class ResnetBlock(nn.Module):
@@ -138,6 +149,7 @@ class Unet3D(nn.Module):
         if init_kernel_size % 2 == 0:
             raise ValueError(f'init_kernel_size={init_kernel_size}: give an odd size, so that the output keeps its size')
         self.channels = channels
+        self.use_bert_text_cond = use_bert_text_cond
         self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
         self.has_cond = self.cond_dim is not None
 
@@ -250,7 +262,7 @@ class Unet3D(nn.Module):
     ) -> tuple[Tensor, bool]:
         """The bias of all temporal attentions, and whether they reduce to their values.
 
-        A sample that focuses on the present gets minus infinity for every frame but the own one.
+        A sample that focuses on the present gets minus infinity for every frame but its own.
         """
         bias = self.time_bias(frames)  # (heads f f)
         if mask is None and 0 < prob < 1:
@@ -260,7 +272,7 @@ class Unet3D(nn.Module):
         if mask.all():
             return bias, True
         others = ~torch.eye(frames, dtype=torch.bool, device=bias.device)
-        hidden = mask[:, None, None, None] & others  # (b 1 f f)
+        hidden = mask[:, None, None, None, None] & others  # (b 1 1 f f)
         return bias.masked_fill(hidden, -math.inf), False
 
     def check(self, x: Tensor, cond: Tensor | None) -> None:

@@ -1,0 +1,233 @@
+"""GaussianDiffusion: learn to take noise away from videos, then start from noise alone.
+
+Training (Ho et al. 2020, arXiv 2006.11239, algorithm 1): draw a step t, mix the video with noise as the
+schedule says, ask the network what was mixed in, and penalise the difference. Sampling goes the other way,
+from pure noise down the steps; see samplers.py.
+
+    >>> diffusion = GaussianDiffusion(Unet3D(dim=64), image_size=32, num_frames=5)
+    >>> loss = diffusion(torch.rand(4, 3, 5, 32, 32))               # videos in [0, 1], b c f h w
+    >>> loss.backward()
+    >>> videos = diffusion.sample(batch_size=4, sampler='ddim', steps=50)     # in [0, 1] again
+
+Users hand in and get back [0, 1]; the network sees [-1, 1]. `normalize` and `unnormalize` are the only
+places where one becomes the other.
+"""
+
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import samplers
+from .noise_schedule import OBJECTIVES, cosine_schedule, posterior, target, to_x0
+from .text import BertEncoder, WordEncoder
+from .unet3d import Unet3D
+
+LOSSES = {'l1': F.l1_loss, 'l2': F.mse_loss}
+
+
+class GaussianDiffusion(nn.Module):
+    def __init__(
+        self,
+        denoise_fn: nn.Module,                    # the network: Unet3D, or anything that is called like it
+        *,
+        image_size: int | tuple[int, int],        # (height, width), or one number for both
+        num_frames: int,
+        text_use_bert_cls: bool = False,          # embed strings by BERT's CLS token, not the mean of the tokens
+        channels: int = 3,
+        timesteps: int = 1000,
+        loss_type: str = 'l1',                    # 'l1' or 'l2'
+        use_dynamic_thres: bool = False,          # clip x0 at a percentile (Imagen, arXiv 2205.11487, section 2.3)
+        dynamic_thres_percentile: float = 0.9,
+        objective: str = 'noise',                 # what the network predicts: 'noise', 'v' or 'x0'
+        text_encoder: nn.Module | None = None,    # turns a list of strings into cond; see text.py
+    ):
+        super().__init__()
+        for name, value, allowed in (('loss_type', loss_type, LOSSES), ('objective', objective, OBJECTIVES)):
+            if value not in allowed:
+                raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
+        bert_wanted = getattr(denoise_fn, 'use_bert_text_cond', False)
+        if text_use_bert_cls and (text_encoder is not None or not bert_wanted):
+            raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
+        self.denoise_fn = denoise_fn
+        self.text_encoder = text_encoder
+        self.image_size = image_size
+        self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.num_frames = num_frames
+        self.channels = channels
+        self.num_timesteps = timesteps
+        self.loss_type = loss_type
+        self.objective = objective
+        self.text_use_bert_cls = text_use_bert_cls
+        self.use_dynamic_thres = use_dynamic_thres
+        self.dynamic_thres_percentile = dynamic_thres_percentile
+
+        # Samplers take their numbers from the float64 table; training, where every sample has its own t, from
+        # these two. Each is rounded to float32 only once, so sigma is right even where alpha is nearly 1.
+        self.alpha_bar = cosine_schedule(timesteps)  # stays on the CPU
+        self.register_buffer('alpha', self.alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer('sigma', (1 - self.alpha_bar).sqrt().float(), persistent=False)
+
+    # Training
+
+    def forward(
+        self,
+        video: Tensor,                                # (b c f h w) in [0, 1]
+        cond: Tensor | Sequence[str] | None = None,   # (b cond_dim), or a caption for each video
+        noise: Tensor | None = None,                  # given in tests; drawn otherwise
+        t: Tensor | None = None,                      # (b), likewise
+        *,
+        null_cond_prob: float = 0.,                   # these are for the network: see Unet3D.forward
+        null_cond_mask: Tensor | None = None,
+        prob_focus_present: float = 0.,
+        focus_present_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar."""
+        self.check(video)
+        x0 = normalize(video)
+        if noise is None:
+            noise = torch.randn_like(x0)
+        if t is None:
+            t = torch.randint(0, self.num_timesteps, (len(x0),), device=x0.device)
+        alpha, sigma = self.alpha_sigma(t)
+        output = self.denoise_fn(
+            self.q_sample(x0, t, noise), t, cond=self.embed(cond), null_cond_prob=null_cond_prob,
+            null_cond_mask=null_cond_mask, prob_focus_present=prob_focus_present, focus_present_mask=focus_present_mask)
+        return LOSSES[self.loss_type](output, target(self.objective, x0, noise, alpha, sigma))
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_start (b c f h w) in [-1, 1] with the noise of step t (b)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x_start + sigma * noise
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor | Sequence[str] | None = None,
+        cond_scale: float = 1.,                       # guidance: 1 follows cond as trained, more exaggerates it
+        batch_size: int = 16,                         # only where cond does not say
+        *,
+        sampler: str = 'ddpm',                        # 'ddpm' or 'ddim'
+        steps: int | None = None,                     # None: every step the model was trained with
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Videos (b c f h w) in [0, 1], drawn from noise."""
+        if sampler not in samplers.SAMPLERS:
+            raise ValueError(f'sampler={sampler!r}: give one of {", ".join(map(repr, samplers.SAMPLERS))}')
+        cond = self.embed(cond)
+        batch_size = batch_size if cond is None else len(cond)
+        generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
+        x = torch.randn((batch_size, self.channels, self.num_frames, self.height, self.width),
+                        generator=generator, device=self.alpha.device)
+        x = samplers.SAMPLERS[sampler](
+            self.denoiser(cond, cond_scale), x, self.alpha_bar, samplers.spaced_steps(self.num_timesteps, steps),
+            generator=generator, progress=progress)
+        return unnormalize(x).clamp(0, 1)
+
+    @torch.no_grad()
+    def interpolate(
+        self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5,
+        *, cond: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True,
+    ) -> Tensor:
+        """A video between two: both noised up to step t, mixed as (1 - lam) x1 + lam x2, and denoised together."""
+        t = self.num_timesteps - 1 if t is None else t
+        if x1.shape != x2.shape:
+            raise ValueError(f'videos to interpolate must have one shape: given {tuple(x1.shape)} and {tuple(x2.shape)}')
+        if not 0 <= t < self.num_timesteps:
+            raise ValueError(f't={t}: give a step from 0 to {self.num_timesteps - 1}')
+        self.check(x1)
+        generator = None if seed is None else torch.Generator(x1.device).manual_seed(seed)
+        times = torch.full((len(x1),), t, device=x1.device)
+        x1, x2 = (self.q_sample(normalize(x), times, samplers.randn_like(x, generator)) for x in (x1, x2))
+        x = samplers.ddpm(self.denoiser(self.embed(cond)), (1 - lam) * x1 + lam * x2, self.alpha_bar, list(range(t, -1, -1)),
+                          generator=generator, progress=progress)
+        return unnormalize(x).clamp(0, 1)
+
+    def denoiser(self, cond: Tensor | None = None, cond_scale: float = 1.) -> samplers.Denoiser:
+        """The function samplers ask: noisy video at step t -> clean video."""
+        def denoise(x, t):
+            return self.predict_x0(x, torch.full((len(x),), t, device=x.device), cond, cond_scale)
+        return denoise
+
+    def predict_x0(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
+    ) -> Tensor:
+        output = self.denoise_fn.forward_with_cond_scale(x, t, cond=cond, cond_scale=cond_scale)
+        x0 = to_x0(self.objective, output, x, *self.alpha_sigma(t))
+        return self.clip(x0) if clip_denoised else x0
+
+    def clip(self, x0: Tensor) -> Tensor:
+        """Back into [-1, 1]. With dynamic thresholding the bound is a percentile of each sample's own values, and what
+        is left is scaled down by it: guidance then saturates fewer pixels."""
+        if not self.use_dynamic_thres:
+            return x0.clamp(-1, 1)
+        bound = torch.stack([one.abs().flatten().quantile(self.dynamic_thres_percentile) for one in x0])
+        bound = bound.clamp(min=1).view(-1, 1, 1, 1, 1)
+        return x0.clamp(-bound, bound) / bound
+
+    # The reverse process in the terms of the DDPM paper, for a batch with steps of its own
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t-1} | x_t, x_0): mean, variance and log-variance, which is clipped where the variance is 0, at t = 0."""
+        alpha_bar = self.alpha_bar.to(t.device)
+        previous = torch.where(t > 0, alpha_bar[(t - 1).clamp(min=0)], 1.)
+        a, b, variance = (self.per_sample(c).to(x_t.dtype) for c in posterior(alpha_bar[t], previous))
+        return a * x_start + b * x_t, variance, variance.clamp(min=1e-20).log()
+
+    def p_mean_variance(
+        self, x: Tensor, t: Tensor, clip_denoised: bool = True, cond: Tensor | None = None, cond_scale: float = 1.,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """p(x_{t-1} | x_t): the posterior at the network's idea of x_0."""
+        return self.q_posterior(self.predict_x0(x, t, cond, cond_scale, clip_denoised), x, t)
+
+    @torch.no_grad()
+    def p_sample(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
+    ) -> Tensor:
+        """One step of ancestral sampling, x_t -> x_{t-1}."""
+        mean, variance, _ = self.p_mean_variance(x, t, clip_denoised, cond, cond_scale)
+        return mean + variance.sqrt() * torch.randn_like(x)
+
+    # Helpers
+
+    def embed(self, cond: Tensor | Sequence[str] | None) -> Tensor | None:
+        """Captions to vectors; what is a tensor already, or None, passes."""
+        if cond is None or isinstance(cond, Tensor):
+            return cond
+        cond = [cond] if isinstance(cond, str) else list(cond)
+        if self.text_encoder is None and getattr(self.denoise_fn, 'use_bert_text_cond', False):
+            # Made when the first caption comes, so that who conditions on tensors never needs BERT.
+            self.text_encoder = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+        if self.text_encoder is None:
+            raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
+                             'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
+        return self.text_encoder(cond)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])
+
+    @staticmethod
+    def per_sample(values: Tensor) -> Tensor:
+        """(b) -> (b 1 1 1 1), to multiply videos with."""
+        return values.view(-1, 1, 1, 1, 1)
+
+    def check(self, video: Tensor) -> None:
+        expected = (self.channels, self.num_frames, self.height, self.width)
+        if video.ndim != 5 or video.shape[1:] != expected:
+            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
+                             'that is (batch, channels, num_frames, height, width)')
+
+
+def normalize(video: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1]"""
+    return video * 2 - 1
+
+
+def unnormalize(x: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1]"""
+    return (x + 1) / 2

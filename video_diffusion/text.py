@@ -1,0 +1,136 @@
+"""Prompts to embeddings: one vector of `dim` numbers for each prompt, which steers the U-Net.
+
+    ['a red ball rolls left', 'blue']                  texts: b strings
+    [[a, red, ball, rolls, left], [blue, -, -, -, -]]  words (word pieces in BERT), padded: (b, n)
+    one vector per word, from a table or from BERT     (b, n, dim)
+    mean over the words, not over the padding          (b, dim)
+
+Every encoder is a module with an attribute `dim` and `forward(texts) -> (b, dim)`, so that the rest of
+the library need not know which of the two it holds:
+
+- `WordEncoder` learns a table of word vectors together with the U-Net. Nothing is downloaded; good for
+  small worlds with a few hundred words.
+- `BertEncoder` is a large frozen transformer that has read a lot of text (Devlin et al., "BERT", 2018,
+  https://arxiv.org/abs/1810.04805). It knows word order, and words that no caption in your folder used.
+
+    encoder = WordEncoder(dim=64)
+    cond = encoder(['a red ball rolls left', 'a blue square'])     # (2, 64)
+
+Shape comments: b prompts, n words of the longest prompt.
+"""
+
+import re
+import zlib
+
+import torch
+from torch import nn
+
+
+def check_texts(texts: list[str]) -> None:
+    """A lone string would otherwise be read as a list of letters, and train without complaint."""
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f'texts={texts!r:.80}: give a list of strings, one prompt per clip')
+
+
+def masked_mean(vectors: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The mean over n of those (b, n, dim) vectors where keep (b, n) is 1; zeros where there is none."""
+    keep = keep.to(vectors.dtype).unsqueeze(-1)                               # b n 1
+    return (vectors * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)         # b dim
+
+
+def word_rows(text: str, buckets: int) -> list[int]:
+    """The table row of each word. Two words can share a row; with few words that is rare.
+
+    crc32 gives the same row in every process. Python's own hash() of a string is salted anew at each
+    start, so that a model loaded tomorrow would look its words up in the wrong rows.
+    """
+    words = re.findall(r'[^\W_]+', text.lower())        # runs of letters and digits, of any alphabet
+    return [zlib.crc32(word.encode()) % buckets for word in words]
+
+
+class WordEncoder(nn.Module):
+    """The mean of learned word vectors; an empty prompt gives zeros.
+
+    A mean does not know the order of its words: 'red ball, blue box' and 'blue ball, red box' are the
+    same to it. Where order carries meaning, use BertEncoder.
+    """
+
+    def __init__(self, dim: int = 64, buckets: int = 4096):     # buckets: rows of the word table
+        super().__init__()
+        if dim < 1 or buckets < 1:
+            raise ValueError(f'dim={dim}, buckets={buckets}: both must be 1 or more')
+        self.dim, self.buckets = dim, buckets
+        self.words = nn.Embedding(buckets, dim)
+        # The mean of n independent rows of variance v has variance v / n. Rows of variance 5 therefore
+        # give a five-word prompt, a typical caption, the unit variance that the U-Net's layers expect.
+        nn.init.normal_(self.words.weight, std=5 ** 0.5)
+
+    def forward(self, texts: list[str]) -> torch.Tensor:
+        check_texts(texts)
+        device = self.words.weight.device
+        rows = [word_rows(text, self.buckets) for text in texts]
+        longest = max(len(row) for row in rows)
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)   # b n
+        lengths = torch.tensor([[len(row)] for row in rows])                                          # b 1
+        keep = torch.arange(longest) < lengths                                                        # b n
+        return masked_mean(self.words(padded.to(device)), keep.to(device))                            # b dim
+
+
+class BertEncoder(nn.Module):
+    """A frozen BERT, or another text encoder that transformers can load (DistilBERT, RoBERTa, T5, ...).
+
+    pool='mean' averages the last layer over the tokens without [CLS] and padding; pool='cls' takes the
+    [CLS] token, which BERT puts first to stand for the whole text. What a prompt has beyond the tokens
+    that the model can read (512 for BERT) is cut off. `name_or_path` is a directory or a name on the hub.
+    """
+
+    def __init__(self, name_or_path: str = 'bert-base-cased', pool: str = 'mean'):
+        super().__init__()
+        if pool not in ('mean', 'cls'):
+            raise ValueError(f"pool={pool!r}: choose 'mean' or 'cls'")
+        self.name_or_path, self.pool = str(name_or_path), pool
+        self.tokenizer, transformer = load_transformer(self.name_or_path)
+        if pool == 'cls' and self.tokenizer.cls_token is None:
+            raise ValueError(f"pool='cls': {self.name_or_path!r} has no CLS token, so use pool='mean'")
+
+        # The frozen weights are already on disk, so a training checkpoint should hold only their name.
+        # Set behind nn.Module's back, the transformer is invisible to state_dict(), parameters() and
+        # train(): not saved, not optimised, always in eval mode. So is it to .to(), hence `_apply` below.
+        object.__setattr__(self, 'transformer', transformer.float().eval().requires_grad_(False))
+        self.dim = transformer.config.hidden_size
+        longest = getattr(transformer.config, 'max_position_embeddings', 512)
+        self.max_tokens = min(longest, self.tokenizer.model_max_length)     # 1e30 where it has no limit
+
+    def _apply(self, fn, recurse=True):
+        """.to(), .cuda() and .double() come through here, called on this module or on one around it."""
+        self.transformer._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(self, texts: list[str]) -> torch.Tensor:
+        check_texts(texts)
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors='pt'
+        ).to(self.transformer.device)
+        ids, keep = tokens.input_ids, tokens.attention_mask                                      # b n
+        vectors = self.transformer(input_ids=ids, attention_mask=keep).last_hidden_state         # b n dim
+        if self.pool == 'cls':
+            return vectors[:, 0]                                                                 # b dim
+        first = 0 if self.tokenizer.cls_token is None else 1        # T5 has no CLS token to leave out
+        return masked_mean(vectors[:, first:], keep[:, first:])                                  # b dim
+
+
+def load_transformer(name_or_path: str) -> tuple:
+    """Tokenizer and transformer, from a directory on disk or from the Hugging Face hub."""
+    try:
+        from transformers import AutoModel, AutoTokenizer       # an extra: imported only where it is used
+    except ImportError as error:
+        raise ImportError('BertEncoder needs transformers: pip install "video_diffusion[text]"') from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        transformer = AutoModel.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'the text encoder {name_or_path!r} cannot be loaded: give a directory on disk that '
+                         'holds its config, weights and vocabulary, or connect and download it') from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):     # a made-up one: all words are [UNK]
+        raise ValueError(f'{name_or_path!r} holds no vocabulary: save the tokenizer beside the model')
+    return tokenizer, transformer.get_encoder() if transformer.config.is_encoder_decoder else transformer
