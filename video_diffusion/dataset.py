@@ -186,10 +186,10 @@ def stack_clips(clips: list):
     return torch.stack(videos), list(captions)
 
 
-def seeded_generator(*key) -> torch.Generator:
+def seeded_generator(*key, device: torch.device | str = 'cpu') -> torch.Generator:
     """The same key, the same numbers, in every process; other keys, unrelated numbers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little'))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little'))
 
 
 def resize_and_crop(clip: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,15 +13,16 @@ Users hand in and get back [0, 1]; the network sees [-1, 1]. `normalize` and `un
 places where one becomes the other.
 """
 
+from pathlib import Path
 from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import samplers
+from . import checkpoint, samplers
 from .noise_schedule import OBJECTIVES, cosine_schedule, posterior, target, to_x0
-from .text import BertEncoder, WordEncoder
+from .text import BertEncoder, text_encoder_from_config
 from .unet3d import Unet3D
 
 LOSSES = {'l1': F.l1_loss, 'l2': F.mse_loss}
@@ -47,12 +48,12 @@ class GaussianDiffusion(nn.Module):
         for name, value, allowed in (('loss_type', loss_type, LOSSES), ('objective', objective, OBJECTIVES)):
             if value not in allowed:
                 raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
-        bert_wanted = getattr(denoise_fn, 'use_bert_text_cond', False)
-        if text_use_bert_cls and (text_encoder is not None or not bert_wanted):
+        if text_use_bert_cls and (text_encoder is not None or not getattr(denoise_fn, 'use_bert_text_cond', False)):
             raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
-        self.image_size = image_size
+        self.bert = None
+        self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.num_frames = num_frames
         self.channels = channels
@@ -193,6 +194,39 @@ class GaussianDiffusion(nn.Module):
         mean, variance, _ = self.p_mean_variance(x, t, clip_denoised, cond, cond_scale)
         return mean + variance.sqrt() * torch.randn_like(x)
 
+    # Building it again from a checkpoint
+
+    def config(self) -> dict:
+        """Everything needed to build this object again, in types that a checkpoint may hold."""
+        own = ('image_size', 'num_frames', 'text_use_bert_cls', 'channels', 'num_timesteps', 'loss_type',
+               'use_dynamic_thres', 'dynamic_thres_percentile', 'objective')
+        return {
+            'diffusion': {name: getattr(self, name) for name in own},
+            'unet': getattr(self.denoise_fn, 'config', None),
+            'text_encoder': self.text_encoder.config() if self.text_encoder is not None else None,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> 'GaussianDiffusion':
+        if config['unet'] is None:
+            raise ValueError('the checkpoint holds a network of your own: build it yourself and load its weights')
+        own = dict(config['diffusion'])
+        encoder = config['text_encoder']
+        return cls(Unet3D(**config['unet']), timesteps=own.pop('num_timesteps'), **own,
+                   text_encoder=text_encoder_from_config(encoder) if encoder else None)
+
+    @classmethod
+    def from_state(cls, state: dict) -> 'GaussianDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved."""
+        diffusion = cls.from_config(state['config'])
+        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
+        return diffusion
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> 'GaussianDiffusion':
+        """The same from a checkpoint file, or from the newest one of a results folder."""
+        return cls.from_state(checkpoint.load_run(path))
+
     # Helpers
 
     def embed(self, cond: Tensor | Sequence[str] | None) -> Tensor | None:
@@ -200,13 +234,14 @@ class GaussianDiffusion(nn.Module):
         if cond is None or isinstance(cond, Tensor):
             return cond
         cond = [cond] if isinstance(cond, str) else list(cond)
-        if self.text_encoder is None and getattr(self.denoise_fn, 'use_bert_text_cond', False):
-            # Made when the first caption comes, so that who conditions on tensors never needs BERT.
-            self.text_encoder = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
-        if self.text_encoder is None:
+        if self.text_encoder is not None:
+            return self.text_encoder(cond)
+        if not getattr(self.denoise_fn, 'use_bert_text_cond', False):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
-        return self.text_encoder(cond)
+        if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
+            self.bert = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+        return self.bert(cond)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])

@@ -47,7 +47,7 @@ class InSlices(torch.autograd.Function):
         device = tensors[0].device.type
         ctx.autocast = dict(device_type=device, enabled=torch.is_autocast_enabled(device),
                             dtype=torch.get_autocast_dtype(device), cache_enabled=False)
-        xs = tensors[:count]
+        xs = [x.detach() for x in tensors[:count]]
         y = torch.empty_like(xs[0])
         for y_slice, *x_slices in zip(*(z.split(size, dim) for z in (y, *xs))):
             y_slice.copy_(block(*x_slices))

@@ -65,6 +65,9 @@ class WordEncoder(nn.Module):
         # give a five-word prompt, a typical caption, the unit variance that the U-Net's layers expect.
         nn.init.normal_(self.words.weight, std=5 ** 0.5)
 
+    def config(self) -> dict:
+        return {'kind': 'words', 'dim': self.dim, 'buckets': self.buckets}
+
     def forward(self, texts: list[str]) -> torch.Tensor:
         check_texts(texts)
         device = self.words.weight.device
@@ -101,6 +104,9 @@ class BertEncoder(nn.Module):
         longest = getattr(transformer.config, 'max_position_embeddings', 512)
         self.max_tokens = min(longest, self.tokenizer.model_max_length)     # 1e30 where it has no limit
 
+    def config(self) -> dict:
+        return {'kind': 'bert', 'name_or_path': self.name_or_path, 'pool': self.pool}
+
     def _apply(self, fn, recurse=True):
         """.to(), .cuda() and .double() come through here, called on this module or on one around it."""
         self.transformer._apply(fn, recurse)
@@ -117,6 +123,12 @@ class BertEncoder(nn.Module):
             return vectors[:, 0]                                                                 # b dim
         first = 0 if self.tokenizer.cls_token is None else 1        # T5 has no CLS token to leave out
         return masked_mean(vectors[:, first:], keep[:, first:])                                  # b dim
+
+
+def text_encoder_from_config(config: dict) -> nn.Module:
+    """The encoder that `config()` describes, before its weights are loaded."""
+    kinds = {'words': WordEncoder, 'bert': BertEncoder}
+    return kinds[config['kind']](**{key: value for key, value in config.items() if key != 'kind'})
 
 
 def load_transformer(name_or_path: str) -> tuple:

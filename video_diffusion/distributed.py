@@ -1,0 +1,80 @@
+"""Several processes, one training run: who am I, and what do we agree on?
+
+`torchrun --nproc_per_node=4 train.py clips/` starts the same script four times and tells each process its
+rank through environment variables. `init` joins them into a group and returns this process's place in it; a
+script that was started alone gets a group of one, for which every function here is a no-op.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Processes:
+    """This process's place among those that train together."""
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device('cpu')
+    cpu_group: dist.ProcessGroup | None = None  # for small messages that should not wait for a GPU
+
+    @property
+    def is_main(self) -> bool:
+        """The one that writes files and prints."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True where it is true in any process."""
+        if self.world_size == 1:
+            return flag
+        answer = torch.tensor([float(flag)])
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.cpu_group)
+        return bool(answer.item())
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The average over the processes, on the CPU."""
+        values = values.cpu()
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.cpu_group)
+            values /= self.world_size
+        return values
+
+    def gather(self, items: dict) -> dict:
+        """The entries of all processes' dicts together, in the main one."""
+        if self.world_size == 1:
+            return items
+        parts = [None] * self.world_size if self.is_main else None
+        dist.gather_object(items, parts, dst=0, group=self.cpu_group)
+        return {key: value for part in parts or [] for key, value in part.items()}
+
+
+def best_device(local_rank: int = 0) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device('cuda', local_rank)
+    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None) -> Processes:
+    """Join the group that torchrun announces, or be a group of one.
+
+    A process that waits longer than `timeout` for the others raises, rather than hang for ever.
+    """
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    place = torch.device(device) if device else best_device(local_rank)
+    if world_size == 1:
+        return Processes(device=place)
+    if place.type == 'cuda':
+        torch.cuda.set_device(place)
+    dist.init_process_group('nccl' if place.type == 'cuda' else 'gloo', timeout=timeout)
+    cpu_group = dist.new_group(backend='gloo', timeout=timeout)
+    return Processes(dist.get_rank(), world_size, place, cpu_group)
+
+
+def close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""An exponential moving average of the weights: the model to sample from.
+
+    average <- decay * average + (1 - decay) * weight
+
+Late in training the weights wander around a good place; their average sits closer to it and samples
+visibly better. With `warmup` the decay of update n is at most (1 + n) / (10 + n), so that short runs do not
+carry their first steps along for long.
+
+    >>> ema = EMA(model, decay=0.995)
+    >>> optimizer.step(); ema.update()
+    >>> with ema.average_parameters(): samples = model.sample()      # the model holds the average in here
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = False):
+        if not 0 <= decay < 1:
+            raise ValueError(f'ema_decay={decay}: give a number from 0 to below 1')
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = 0
+        self.weights = {name: p for name, p in model.named_parameters()}
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        # All tensors in one call ("foreach"), in place: a tenth of the time of a loop over them.
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Forget the past: the average is the weights of this moment."""
+        torch._foreach_copy_(list(self.average.values()), list(self.weights.values()))
+
+    @contextmanager
+    def average_parameters(self):
+        """Within, the model holds the average; after, its own weights again, whatever happened."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for name, weight in self.weights.items():
+            weight.data, self.average[name] = self.average[name], weight.data
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        return {'average': self.average, 'updates': self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state['updates']
+        for name, average in self.average.items():
+            average.copy_(state['average'][name])

@@ -1,0 +1,24 @@
+"""How the learning rate changes over a run: plain functions from the step to a factor of the full rate.
+
+    >>> torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(total=1000, warmup=50))
+
+Functions of the step have no state: a resumed run needs nothing but its step.
+"""
+
+import math
+from typing import Callable
+
+Schedule = Callable[[int], float]
+
+
+def constant(warmup: int = 0) -> Schedule:
+    """Rises over `warmup` steps and stays."""
+    return lambda step: min(1., (step + 1) / (warmup + 1))
+
+
+def warmup_cosine(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
+    """Rises over `warmup` steps, then falls along half a cosine, to `final` at step `total`."""
+    def factor(step):
+        progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
+        return constant(warmup)(step) * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
+    return factor
