@@ -14,10 +14,6 @@ Every block maps a video x (b, c, f, h, w) to `x + attention(norm(x))`, and shar
 **Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
 channels then lie side by side, so the norms and projections below work on plain rows, and no
 rearrangement in this file that ends in `c` copies anything.
-
-**Slices.** The sequences are short (5 to 16 frames) and there are tens of thousands of them: their
-queries, keys and values are many times larger than a processor's cache, and training would have to keep
-them all. `in_slices` (slices.py) works through a few thousand tokens at a time and forgets what was inside.
 """
 
 import math
@@ -27,8 +23,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-
-from .slices import in_slices
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, the only one in the library: q, k, v (..., heads, n, d), bias added to the logits.
@@ -115,23 +109,17 @@ class TemporalAttention(nn.Module):
         `frames_alone`: no frame sees another. Attention to oneself only is the value, whatever the weights.
         """
         f, h = x.shape[2:4]
-        turn = rotations(f, self.rotary, self.dim_head)
+        residual = x = rearrange(x, 'b c f h w -> b f (h w) c')
         size = self.heads * self.dim_head
-
-        def attention(x):  # (b f n c), n pixels
+        if frames_alone:
+            out = F.linear(self.norm(x), self.to_qkv.weight[2 * size:])
+        else:
             qk, v = self.to_qkv(self.norm(x)).split((2 * size, size), dim=-1)
-            q, k = rearrange(rotate(qk, turn), 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
+            qk = rotate(qk, rotations(f, self.rotary, self.dim_head))
+            q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
             v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
-            out = attend(q, k, v, bias)
-            return x + self.to_out(rearrange(out, 'b n heads f d -> b f n (heads d)'))
-
-        def values_only(x):  # (b f n c)
-            to_value = self.to_qkv.weight[2 * size:]
-            return x + self.to_out(F.linear(self.norm(x), to_value))
-
-        x = rearrange(x, 'b c f h w -> b f (h w) c')
-        x = in_slices(values_only if frames_alone else attention, x, dim=2, tokens_per_entry=len(x) * f,
-                      uses=[bias, *self.parameters()])
+            out = rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)')
+        x = residual + self.to_out(out)
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
 
@@ -147,14 +135,10 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-
-        def attention(x):  # (b f) n c
-            q, k, v = rearrange(self.to_qkv(self.norm(x)), 'bf n (three heads d) -> three bf heads n d',
-                                three=3, heads=self.heads)
-            return x + self.to_out(rearrange(attend(q, k, v), 'bf heads n d -> bf n (heads d)'))
-
-        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        x = in_slices(attention, x, dim=0, tokens_per_entry=x.shape[1], uses=self.parameters())
+        residual = x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), 'bf n (three heads d) -> three bf heads n d',
+                            three=3, heads=self.heads)
+        x = residual + self.to_out(rearrange(attend(q, k, v), 'bf heads n d -> bf n (heads d)'))
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
 
 
@@ -175,18 +159,11 @@ class SpatialLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-
-        def attention(x):  # (b f) n c
-            q, k, v = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
-            q = q.unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(-2)
-            k = k.softmax(dim=-2)
-            k, v = (rearrange(y, 'bf n (heads d) -> bf heads n d', heads=self.heads) for y in (k, v))
-            context = k.transpose(-1, -2) @ v / math.sqrt(k.shape[-1])  # bf heads d e
-            # What the output projection would do to every pixel it can do once to the frame's context.
-            to_out = rearrange(self.to_out.weight, 'c (heads e) -> heads e c', heads=self.heads)
-            context_out = rearrange(context @ to_out, 'bf heads d c -> bf (heads d) c')
-            return x + torch.baddbmm(self.to_out.bias, q, context_out)
-
-        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        x = in_slices(attention, x, dim=0, tokens_per_entry=x.shape[1], uses=self.parameters())
+        residual = x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), 'bf n (three heads d) -> three bf heads n d',
+                            three=3, heads=self.heads)
+        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
+        k = k.softmax(dim=-2)
+        context = k.transpose(-1, -2) @ v  # bf heads d d
+        x = residual + self.to_out(rearrange(q @ context, 'bf heads n d -> bf n (heads d)'))
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)

@@ -30,7 +30,6 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention
-from .slices import in_slices
 
 BERT_DIM = 768
 
@@ -78,18 +77,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         """x (b c f h w), scale_shift (b, 2 dim_out)."""
         x = self.conv(x)
-        block, xs = (self.norm_silu, (x,)) if scale_shift is None else (self.norm_film_silu, (x, scale_shift))
-        return in_slices(block, *xs, dim=0, tokens_per_entry=x[0, 0].numel(), uses=self.norm.parameters())
-
-    def norm_silu(self, x: Tensor) -> Tensor:
-        return F.silu(self.norm(x))
-
-    def norm_film_silu(self, x: Tensor, scale_shift: Tensor) -> Tensor:
-        # The norm's own gain and bias join the modulation, so that the large tensor is scaled only once.
+        if scale_shift is None:
+            return F.silu(self.norm(x))
+        # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
         scale, shift = scale_shift.chunk(2, dim=1)
         gain = self.norm.weight * (scale + 1)
         bias = self.norm.bias * (scale + 1) + shift
-        x = F.group_norm(x, self.norm.num_groups)
+        x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
         return F.silu(torch.addcmul(bias[:, :, None, None, None], x, gain[:, :, None, None, None]))
 
 
