@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import checkpoint, samplers
-from .noise_schedule import OBJECTIVES, cosine_schedule, posterior, target, to_x0
+from .noise_schedule import OBJECTIVES, cosine_schedule, posterior, shifted, target, to_x0
 from .text import BertEncoder, text_encoder_from_config
 from .unet3d import Unet3D
 
@@ -41,6 +41,7 @@ class GaussianDiffusion(nn.Module):
         loss_type: str = 'l1',                    # 'l1' or 'l2'
         use_dynamic_thres: bool = False,          # clip x0 at a percentile (Imagen, arXiv 2205.11487, section 2.3)
         dynamic_thres_percentile: float = 0.9,
+        schedule_shift: float = 1.,               # above 1: more of the steps are noisy ones; see noise_schedule.py
         objective: str = 'noise',                 # what the network predicts: 'noise', 'v' or 'x0'
         text_encoder: nn.Module | None = None,    # turns a list of strings into cond; see text.py
     ):
@@ -59,6 +60,7 @@ class GaussianDiffusion(nn.Module):
         self.channels = channels
         self.num_timesteps = timesteps
         self.loss_type = loss_type
+        self.schedule_shift = schedule_shift
         self.objective = objective
         self.text_use_bert_cls = text_use_bert_cls
         self.use_dynamic_thres = use_dynamic_thres
@@ -66,7 +68,7 @@ class GaussianDiffusion(nn.Module):
 
         # Samplers take their numbers from the float64 table; training, where every sample has its own t, from
         # these two. Each is rounded to float32 only once, so sigma is right even where alpha is nearly 1.
-        self.alpha_bar = cosine_schedule(timesteps)  # stays on the CPU
+        self.alpha_bar = shifted(cosine_schedule(timesteps), schedule_shift)  # stays on the CPU
         self.register_buffer('alpha', self.alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer('sigma', (1 - self.alpha_bar).sqrt().float(), persistent=False)
 
@@ -199,7 +201,7 @@ class GaussianDiffusion(nn.Module):
     def config(self) -> dict:
         """Everything needed to build this object again, in types that a checkpoint may hold."""
         own = ('image_size', 'num_frames', 'text_use_bert_cls', 'channels', 'num_timesteps', 'loss_type',
-               'use_dynamic_thres', 'dynamic_thres_percentile', 'objective')
+               'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
             'unet': getattr(self.denoise_fn, 'config', None),

@@ -29,6 +29,18 @@ def cosine_schedule(timesteps: int, offset: float = 0.008, max_beta: float = 0.9
     return torch.cumprod(1 - beta, dim=0)
 
 
+def shifted(alpha_bar: Tensor, shift: float) -> Tensor:
+    """The schedule with its signal-to-noise ratio alpha_bar / (1 - alpha_bar) divided by `shift`.
+
+    The pixels of a video say much the same many times over. What a clip shows and where it moves can be made out
+    under noise that hides any single pixel, so that is where those things are decided, and with the plain
+    schedule few steps lie there (Hoogeboom et al. 2023, arXiv 2301.11093; CogVideoX shifts by 3).
+    """
+    if not shift > 0:
+        raise ValueError(f'schedule_shift={shift}: give a positive number, 1 for the plain schedule')
+    return alpha_bar / (shift + (1 - shift) * alpha_bar)
+
+
 def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_prev | x_t, x_0) is a Gaussian: its mean is a x_0 + b x_t, its variance c (DDPM, eq. 7). Returns a, b, c."""
     beta = 1 - alpha_bar / alpha_bar_prev

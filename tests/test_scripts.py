@@ -1,0 +1,144 @@
+"""train.py and sample.py as a user runs them. Run: pytest tests/test_scripts.py"""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from video_diffusion import checkpoint, gif_to_tensor, shapes
+
+ROOT = Path(__file__).parent.parent
+SMALL = ['--dim', '8', '--dim-mults', '1', '2', '--batch-size', '2', '--steps', '2', '--sample-every', '2', '--sample-rows', '1',
+         '--sample-steps', '2', '--timesteps', '20', '--device', 'cpu']
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a script in this process, in an empty folder: (exit code, what it printed, what it complained about)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 6, image_size=20, num_frames=3)
+
+
+def test_the_toy_world_from_nothing_to_samples(run, tmp_path):
+    code, out, _ = run('train.py', *SMALL, '--toy-clips', 8)
+    assert code == 0
+    assert len(list(Path('data/shapes').glob('*.gif'))) == 8
+    assert 'grade of 64 clips: ' in out and '% lawful, ' in out and '% caption-true' in out
+    assert 'python sample.py results --prompt "' in out
+    assert gif_to_tensor('results/graded.gif').shape[1] == 8
+
+    code, out, _ = run('sample.py', 'results', '--prompt', 'a red circle moving left', '--prompt', 'a cat', '--count', 2, '--device', 'cpu')
+    assert code == 0 and '4 videos are in samples' in out
+    names = sorted(p.name for p in Path('samples').iterdir())
+    assert names == ['000-a-red-circle-moving-left.gif', '001-a-red-circle-moving-left.gif', '002-a-cat.gif', '003-a-cat.gif', 'all.gif']
+    assert gif_to_tensor(f'samples/{names[0]}').shape == (3, 8, 16, 16)
+
+    # A second run must not destroy the first, and --resume must go on from it.
+    code, _, err = run('train.py', *SMALL, '--toy-clips', 8)
+    assert code == 2 and 'already holds a run' in err
+    code, out, _ = run('train.py', *SMALL, '--toy-clips', 8, '--resume', '--steps', 3)
+    assert code == 0 and checkpoint.load(checkpoint.newest('results'))['step'] == 3
+    code, _, err = run('train.py', *SMALL, '--toy-clips', 9, '--results', 'other')
+    assert code == 2 and 'holds 8 clips of 8 frames of 16x16' in err
+
+
+def test_own_clips_with_and_without_captions(run, clips, tmp_path):
+    code, out, _ = run('train.py', clips, *SMALL)
+    assert code == 0 and '3 frames of 20x20' in out and 'with captions' in out and 'grade' not in out
+    code, out, _ = run('train.py', clips, *SMALL, '--unconditional', '--results', 'free', '--image-size', 8, 12, '--num-frames', 2)
+    assert code == 0 and '2 frames of 8x12' in out
+    code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
+    assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 8, 12)
+
+
+def test_sizes_fit_the_network(run, clips):
+    code, out, _ = run('train.py', clips, *SMALL, '--dim-mults', 1, 1, 1, 1)  # frames must be multiples of 8
+    assert code == 0 and '3 frames of 16x16' in out
+
+
+def test_prompts_from_a_file_and_the_same_seed(run, clips):
+    run('train.py', clips, *SMALL)
+    Path('prompts.txt').write_text('a red circle moving left\n\n  a blue square moving up \n')
+    for out in ('a', 'b'):
+        code, _, _ = run('sample.py', 'results/model-1.pt', '--prompts-file', 'prompts.txt', '--seed', 3, '--out', out, '--device', 'cpu')
+        assert code == 0
+    assert [p.name for p in sorted(Path('a').glob('0*'))] == ['000-a-red-circle-moving-left.gif', '001-a-blue-square-moving-up.gif']
+    assert Path('a/all.gif').read_bytes() == Path('b/all.gif').read_bytes()
+
+
+@pytest.mark.parametrize('args, sentence', [
+    (['nowhere'], 'there is no folder nowhere'),
+    (['empty'], 'no clip in empty: looked for files ending in .gif'),
+    (['CLIPS', '--image-size', '7'], 'multiples of 2'),
+    (['CLIPS', '--image-size', '8', '8', '8'], 'image-size'),
+    (['CLIPS', '--batch-size', '0'], 'train_batch_size=0'),
+    (['CLIPS', '--resume'], 'there is no checkpoint in results'),
+])
+def test_train_errors_are_one_line_and_exit_2(run, clips, args, sentence):
+    Path('empty').mkdir()
+    args = [str(clips) if a == 'CLIPS' else a for a in args]
+    code, _, err = run('train.py', args[0], *SMALL, *args[1:])
+    complaint = [line for line in err.splitlines() if line.startswith('train.py:')]
+    assert code == 2 and len(complaint) == 1 and sentence in complaint[0] and 'Traceback' not in err
+
+
+def test_sample_errors_are_one_line_and_exit_2(run, clips):
+    run('train.py', clips, *SMALL)
+    run('train.py', clips, *SMALL, '--unconditional', '--results', 'free')
+    torch.save({'weights': torch.zeros(2)}, 'foreign.pt')
+    Path('text.pt').write_text('hello')
+    for args, sentence in [
+        (['nowhere'], 'there is no checkpoint nowhere'),
+        (['.'], 'there is no checkpoint in .'),
+        (['foreign.pt'], 'was not written by this library'),
+        (['text.pt'], 'text.pt'),
+        (['results'], 'say what to draw with --prompt'),
+        (['free', '--prompt', 'x'], 'trained without captions'),
+        (['free', '--count', '0'], '--count 0'),
+        (['free', '--steps', '21'], 'steps=21'),
+        (['results', '--prompts-file', 'none.txt'], 'none.txt'),
+    ]:
+        code, _, err = run('sample.py', *args, '--device', 'cpu')
+        complaint = [line for line in err.splitlines() if line.startswith('sample.py:')]
+        assert code == 2 and len(complaint) == 1 and sentence in complaint[0] and 'Traceback' not in err, args
+
+
+def test_help_says_every_default():
+    for script in ('train.py', 'sample.py'):
+        text = subprocess.run([sys.executable, str(ROOT / script), '--help'], capture_output=True, text=True, check=True,
+                              timeout=100).stdout
+        options = text[text.index('options:'):].split('\n  -')[2:]  # without --help itself
+        for option in options:
+            named = option.split()[0]
+            is_switch = named.lstrip('-') in {
+                'resume', 'unconditional', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file'}
+            assert is_switch or '(default' in ' '.join(option.split()), named
+
+
+def test_sampling_is_shared_among_processes(run, clips, tmp_path):
+    run('train.py', clips, *SMALL)
+    Path('prompts.txt').write_text('a\nb\nc\n')
+    common = [str(ROOT / 'sample.py'), 'results', '--prompts-file', 'prompts.txt', '--batch-size', '1', '--device', 'cpu']
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29592', *common, '--out', 'two'],
+                   check=True, capture_output=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    run('sample.py', *common[1:], '--out', 'one')
+    assert torch.allclose(gif_to_tensor('one/all.gif'), gif_to_tensor('two/all.gif'), atol=2 / 255)
+    assert len(list(Path('two').glob('0*.gif'))) == 3

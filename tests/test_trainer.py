@@ -1,0 +1,390 @@
+"""The training loop: exact resume, kills, signals, full disks, several processes. Run: pytest tests/test_trainer.py"""
+
+import csv
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, lr_schedule, shapes
+from video_diffusion.distributed import Processes
+from video_diffusion.ema import EMA
+from video_diffusion.interrupt import StopRequest
+from video_diffusion.trainer import amp_dtype
+
+HERE = Path(__file__).parent
+CPU = Processes(device=torch.device('cpu'))
+
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory):
+    return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 12, image_size=16, num_frames=2)
+
+
+def make_trainer(clips, results, *, captions=True, **kwargs):
+    torch.manual_seed(0)
+    encoder = WordEncoder(8) if captions else None
+    unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8 if captions else None)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder)
+    settings = dict(train_batch_size=2, train_num_steps=6, train_lr=1e-3, step_start_ema=2, update_ema_every=1,
+                    save_and_sample_every=3, num_sample_rows=2, sample_steps=2, log_every=2, processes=CPU)
+    return Trainer(diffusion, clips, results_folder=results, **{**settings, **kwargs})
+
+
+def read_log(results):
+    with open(results / 'log.csv') as file:
+        return [(row['step'], row['loss'], row['lr']) for row in csv.DictReader(file)]
+
+
+def assert_same_state(a, b, tolerance=None):
+    """Two checkpoints hold the same numbers; `seconds`, the time it took, aside."""
+    def compare(x, y, name):
+        if isinstance(x, dict):
+            assert x.keys() == y.keys(), name
+            for key in x:
+                compare(x[key], y[key], f'{name}.{key}')
+        elif isinstance(x, torch.Tensor):
+            if tolerance is None:
+                assert torch.equal(x, y), name
+            else:
+                torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda m: f'{name}: {m}')
+        elif name != '.seconds':
+            assert x == y, name
+    compare(a, b, '')
+
+
+# What a run leaves behind
+
+def test_a_run_leaves_checkpoints_samples_and_a_log(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, lr_schedule=lr_schedule.warmup_cosine(6, 2))
+    before = [p.clone() for p in trainer.diffusion.parameters()]
+    logs = []
+    trainer.train(log_fn=logs.append)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['1.gif', '2.gif', 'log.csv', 'model-1.pt', 'model-2.pt', 'prompts.txt']
+    assert gif_to_tensor(tmp_path / '2.gif').shape == (3, 2, 40, 40)  # 2 x 2 clips of 16 pixels, 2 around each
+    assert len((tmp_path / 'prompts.txt').read_text().splitlines()) == 4
+    log = read_log(tmp_path)
+    assert [int(step) for step, _, _ in log] == [1, 2, 3, 4, 5, 6]
+    assert [float(lr) for _, _, lr in log] == pytest.approx([1e-3 * lr_schedule.warmup_cosine(6, 2)(s) for s in range(6)])
+    assert [entry['step'] for entry in logs if 'loss' in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry['sample'] for entry in logs if 'sample' in entry] == [tmp_path / '1.gif', tmp_path / '2.gif']
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.diffusion.parameters()))
+
+
+def test_the_last_step_is_saved_where_no_milestone_falls(clips, tmp_path):
+    make_trainer(clips, tmp_path, train_num_steps=4).train()
+    assert checkpoint.load(checkpoint.newest(tmp_path))['step'] == 4
+
+
+def test_the_model_is_rebuilt_from_the_checkpoint_alone_with_averaged_weights(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, train_num_steps=3, ema_decay=0.5)
+    trainer.train()
+    model = GaussianDiffusion.from_checkpoint(tmp_path)
+    with trainer.ema.average_parameters():
+        expected = trainer.diffusion.sample(['a red circle'], seed=3, steps=3, progress=False)
+    assert torch.equal(model.sample(['a red circle'], seed=3, steps=3, progress=False), expected)
+    other = trainer.diffusion.sample(['a red circle'], seed=3, steps=3, progress=False)
+    assert not torch.equal(other, expected)
+
+
+def test_an_unconditional_model_ignores_captions(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, captions=False, train_num_steps=1)
+    trainer.train()
+    assert not (tmp_path / 'prompts.txt').exists()
+
+
+def test_every_setting_of_the_public_package_is_understood(clips, tmp_path):
+    """The call that its README shows, with other numbers."""
+    unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=3, loss_type='l1')
+    trainer = Trainer(diffusion, str(clips), train_batch_size=2, train_lr=1e-4, save_and_sample_every=2, train_num_steps=2,
+                      gradient_accumulate_every=2, ema_decay=0.995, amp=False, num_frames=2, num_sample_rows=1,
+                      max_grad_norm=1., results_folder=str(tmp_path), step_start_ema=2000, update_ema_every=10)
+    trainer.train(prob_focus_present=0.5, focus_present_mask=None, log_fn=lambda log: None)
+    assert (tmp_path / 'model-1.pt').exists()
+
+
+def test_gradient_accumulation_is_one_larger_batch(clips, tmp_path):
+    one = make_trainer(clips, tmp_path / 'a', train_batch_size=4, gradient_accumulate_every=1)
+    two = make_trainer(clips, tmp_path / 'b', train_batch_size=2, gradient_accumulate_every=2)
+    noise = torch.randn(4, 3, 2, 16, 16)
+    for trainer in (one, two):  # the same noise however the batch is cut
+        size = trainer.batch_size
+        trainer.draw = lambda n, shape, prob, size=size: dict(
+            t=torch.tensor([1, 5, 8, 9]).split(size)[n % (4 // size)], noise=noise.split(size)[n % (4 // size)])
+        trainer.train_num_steps = 1
+        trainer.train()
+    assert_same_state(one.diffusion.state_dict(), two.diffusion.state_dict(), tolerance=1e-5)
+
+
+def test_steps_are_spread_evenly_and_uniform_on_average(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path)
+    draws = torch.stack([trainer.draw(n, torch.Size((5, 3, 2, 16, 16)), 0.)['t'] for n in range(400)])
+    assert (draws.sort(dim=1).values.diff() == 2).all()  # 5 of 10 steps: every second one
+    counts = draws.flatten().bincount(minlength=10) / draws.numel()
+    assert (counts - 0.1).abs().max() < 0.02
+
+
+# Going on
+
+@pytest.mark.parametrize('stop', [1, 3, 4])
+def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
+    kwargs = dict(max_grad_norm=1., ema_warmup=True, horizontal_flip=True)
+    whole = make_trainer(clips, tmp_path / 'whole', **kwargs)
+    whole.train(prob_focus_present=0.3)
+
+    first = make_trainer(clips, tmp_path / 'parts', **kwargs)
+    def interrupt(log):
+        if log['step'] >= stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+    first.log_every = 1
+    first.train(prob_focus_present=0.3, log_fn=interrupt)
+    assert first.step < 6
+    torch.manual_seed(123)  # a global random state that differs must not matter
+    second = make_trainer(clips, tmp_path / 'parts', **kwargs)
+    second.load(-1)
+    assert second.step == first.step
+    second.train(prob_focus_present=0.3)
+    assert_same_state(second.state_dict(), whole.state_dict())
+    assert read_log(tmp_path / 'parts') == read_log(tmp_path / 'whole')
+
+
+KILLED = """
+import sys; sys.path[:0] = [{here!r}, {root!r}]
+from test_trainer import make_trainer
+from video_diffusion import checkpoint
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+trainer = make_trainer({clips!r}, Path({results!r}), train_num_steps=20, save_and_sample_every=1, num_sample_rows=1, sample_steps=1)
+if checkpoint.milestones({results!r}):
+    trainer.load(-1)
+print('ready', flush=True)
+trainer.train()
+"""
+
+
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(clips, tmp_path):
+    """A real process, real SIGKILLs; it saves at every step, so that many kills fall into a save."""
+    def start(results):
+        code = KILLED.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(results))
+        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    process = start(whole)
+    process.stdout.readline()
+    began = time.monotonic()
+    assert process.wait(timeout=120) == 0
+    duration = time.monotonic() - began
+
+    rng = random.Random()
+    kills = 0
+    for _ in range(30):
+        process = start(parts)
+        while process.stdout.readline() not in ('ready\n', ''):
+            pass
+        try:
+            process.wait(timeout=rng.uniform(0.1, 0.6) * duration if kills < 2 else 120)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills == 2 and process.returncode == 0
+    assert_same_state(checkpoint.load(checkpoint.newest(parts)), checkpoint.load(checkpoint.newest(whole)))
+    assert read_log(parts) == read_log(whole)
+
+
+def test_loading_refuses_a_checkpoint_of_another_model(clips, tmp_path):
+    make_trainer(clips, tmp_path, train_num_steps=1).train()
+    other = make_trainer(clips, tmp_path, captions=False)
+    with pytest.raises(ValueError, match='made with other settings'):
+        other.load(-1)
+    with pytest.raises(FileNotFoundError, match='model-7.pt'):
+        other.load(7)
+
+
+# Stopping
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_cleanly(clips, tmp_path, number):
+    before = signal.getsignal(number)
+    trainer = make_trainer(clips, tmp_path, train_num_steps=1000, save_and_sample_every=1000, log_every=1)
+    trainer.train(log_fn=lambda log: os.kill(os.getpid(), number))
+    assert 0 < trainer.step < 10
+    assert checkpoint.load(tmp_path / 'model-1.pt')['step'] == trainer.step
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_signal_stops_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert stop.requested
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(clips, tmp_path):
+    trainer = make_trainer(clips, tmp_path, train_num_steps=9, log_every=10)
+    def poison(log):
+        if log['step'] == 3:
+            with torch.no_grad():
+                next(trainer.diffusion.parameters()).fill_(float('nan'))
+    with pytest.raises(FloatingPointError, match='loss of step 4 is nan'):
+        trainer.train(log_fn=poison)
+    state = checkpoint.load(checkpoint.newest(tmp_path))
+    assert state['step'] == 3
+    assert all(w.isfinite().all() for w in state['model'].values())
+
+
+# Checkpoints
+
+def test_a_full_disk_is_a_clear_error_and_keeps_the_last_good_checkpoint(tmp_path):
+    path = tmp_path / 'model-1.pt'
+    checkpoint.save({'weights': torch.zeros(10)}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a "disk" of 100 kB
+    try:
+        with pytest.raises(OSError, match='cannot save the checkpoint .*model-1.pt, the previous one is intact'):
+            checkpoint.save({'weights': torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(checkpoint.load(path)['weights'], torch.zeros(10))
+    assert [p.name for p in tmp_path.iterdir()] == ['model-1.pt']
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path}/was_here',)
+    torch.save({'model': Malicious()}, tmp_path / 'zip.pt')
+    (tmp_path / 'pickle.pt').write_bytes(pickle.dumps(Malicious()))
+    for name in ('zip.pt', 'pickle.pt'):
+        with pytest.raises(ValueError, match=f'{name} is refused.*could run code'):
+            checkpoint.load(tmp_path / name)
+    assert not (tmp_path / 'was_here').exists()
+
+
+def test_what_is_no_checkpoint_is_said_so(tmp_path):
+    (tmp_path / 'empty.pt').touch()
+    checkpoint.save({'weights': torch.zeros(1000)}, tmp_path / 'whole.pt')
+    (tmp_path / 'half.pt').write_bytes((tmp_path / 'whole.pt').read_bytes()[:2000])
+    torch.save({'model': {}}, tmp_path / 'model-1.pt')
+    for name in ('empty.pt', 'half.pt'):
+        with pytest.raises(ValueError, match=name):
+            checkpoint.load(tmp_path / name)
+    with pytest.raises(ValueError, match='not written by this library'):
+        GaussianDiffusion.from_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no checkpoint in'):
+        checkpoint.newest(tmp_path / 'nowhere')
+
+
+def test_milestones_are_numbers_not_strings(tmp_path):
+    for name in ('model-2.pt', 'model-10.pt', 'model-x.pt', 'model-11.pt.tmp'):
+        (tmp_path / name).touch()
+    assert list(checkpoint.milestones(tmp_path)) == [2, 10]
+    assert checkpoint.newest(tmp_path).name == 'model-10.pt'
+
+
+# Several processes
+
+TWO = """
+import sys; sys.path[:0] = [{here!r}, {root!r}]
+from datetime import timedelta
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+from test_trainer import make_trainer
+from video_diffusion import distributed
+processes = distributed.init(timeout=timedelta(seconds=60), device='cpu')
+trainer = make_trainer({clips!r}, Path({results!r}), train_batch_size={batch}, processes=processes, max_grad_norm=1.)
+trainer.train(prob_focus_present=0.5)
+distributed.close()
+"""
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(clips, tmp_path):
+    def code(name, batch):
+        path = tmp_path / f'{name}.py'
+        path.write_text(TWO.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(tmp_path / name), batch=batch))
+        return str(path)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29591']
+    subprocess.run([*torchrun, code('two', 2)], check=True, timeout=200, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    subprocess.run([sys.executable, code('one', 4)], check=True, timeout=100, capture_output=True)
+    two, one = (checkpoint.load(checkpoint.newest(tmp_path / name)) for name in ('two', 'one'))
+    two['optimizer'] = two['optimizer']['state']; one['optimizer'] = one['optimizer']['state']
+    assert_same_state(two['model'], one['model'], tolerance=1e-5)
+    assert_same_state(two['ema'], one['ema'], tolerance=1e-5)
+    for a, b in zip(read_log(tmp_path / 'two'), read_log(tmp_path / 'one'), strict=True):
+        assert a[0] == b[0] and float(a[1]) == pytest.approx(float(b[1]), abs=1e-5)
+    assert gif_to_tensor(tmp_path / 'two' / '2.gif').shape == gif_to_tensor(tmp_path / 'one' / '2.gif').shape
+
+
+# Errors, precision, small parts
+
+def test_settings_that_cannot_work_are_refused(clips, tmp_path):
+    with pytest.raises(ValueError, match='num_frames=5.*2 frames'):
+        make_trainer(clips, tmp_path, num_frames=5)
+    with pytest.raises(ValueError, match='train_batch_size=0'):
+        make_trainer(clips, tmp_path, train_batch_size=0)
+    with pytest.raises(ValueError, match='ema_decay=1'):
+        make_trainer(clips, tmp_path, ema_decay=1.)
+    bare = tmp_path / 'bare'
+    bare.mkdir()
+    (bare / 'a.gif').write_bytes((clips / '00000.gif').read_bytes())
+    with pytest.raises(ValueError, match='have no captions'):
+        make_trainer(bare, tmp_path)
+
+
+def test_amp_is_refused_where_it_would_be_slow_and_used_where_not(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
+    monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
+    with pytest.raises(ValueError, match='no bf16 instructions'):
+        make_trainer(clips, tmp_path, amp=True)
+    monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: True)
+    assert amp_dtype(torch.device('cpu')) == torch.bfloat16
+    seen = []
+    trainer = make_trainer(clips, tmp_path, amp=True, train_num_steps=1)
+    trainer.diffusion.denoise_fn.mid_block1.block1.conv.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    trainer.train()
+    assert seen[0] == torch.bfloat16 and seen[-1] == torch.float32  # training, and sampling
+
+
+def test_ema_is_its_formula_and_swaps_back_after_an_error():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema, warm = EMA(model, decay=0.9), EMA(model, decay=0.9, warmup=True)
+    expected, expected_warm = 0., 0.
+    for n in range(1, 40):
+        with torch.no_grad():
+            model.weight.fill_(n)
+        ema.update(); warm.update()
+        expected = 0.9 * expected + 0.1 * n
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected_warm = decay * expected_warm + (1 - decay) * n
+    assert ema.average['weight'].item() == pytest.approx(expected, rel=1e-5)
+    assert warm.average['weight'].item() == pytest.approx(expected_warm, rel=1e-5)
+    with pytest.raises(RuntimeError):
+        with ema.average_parameters():
+            assert model.weight.item() == pytest.approx(expected, rel=1e-5)
+            raise RuntimeError
+    assert model.weight.item() == 39
+    ema.copy()
+    assert ema.average['weight'].item() == 39
+
+
+def test_learning_rate_schedules_at_their_corners():
+    assert lr_schedule.constant()(0) == lr_schedule.constant()(10 ** 6) == 1
+    factor = lr_schedule.warmup_cosine(total=110, warmup=10, final=0.2)
+    assert factor(0) == pytest.approx(1 / 11)
+    assert factor(10) == pytest.approx(1)
+    assert factor(60) == pytest.approx(0.6)
+    assert factor(110) == factor(500) == pytest.approx(0.2)
+    assert all(factor(s) < factor(s + 1) for s in range(9)) and all(factor(s) > factor(s + 1) for s in range(10, 109))
