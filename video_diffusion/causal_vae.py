@@ -202,11 +202,11 @@ class CausalVAE(nn.Module):
         return network(x, Piece(shares.special and shares.rank == 0, shares=None if alone else shares), self._run)
 
     def _nothing(self, network: nn.Module, x: Tensor) -> Tensor:
-        """No frames, in the shape that they would have, and with a gradient, so that backward() works everywhere."""
+        """No frames, in the shape that they would have; it hangs on x and the network, so that backward() works."""
         down = network is self.encoder
         size = [n // self.space_compression if down else n * self.space_compression for n in x.shape[3:]]
-        bias = network.conv_out.bias
-        return bias[:, None, None, None].expand(-1, 0, *size).expand(x.shape[0], -1, -1, -1, -1)
+        channels = network.conv_out.bias + x.sum()                       # (c,)
+        return channels[:, None, None, None].expand(x.shape[0], -1, 0, *size)
 
     def _stream(self, network: nn.Module, parts: Iterable[Tensor], special: bool) -> Iterator[Tensor]:
         """What each convolution saw last goes from one part to the next in `past`, and nowhere else."""
