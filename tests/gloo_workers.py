@@ -18,22 +18,20 @@ class Workers:
         store = os.path.join(tempfile.mkdtemp(), 'store')
         pipes = [context.Pipe() for _ in range(number)]
         self.pipes = [ours for ours, _ in pipes]
-        self.processes = [context.Process(target=serve, args=(rank, number, store, timeout, theirs), daemon=True)
-                          for rank, (_, theirs) in enumerate(pipes)]
+        jobs = [(rank, number, store, timeout, theirs) for rank, (_, theirs) in enumerate(pipes)]
+        self.processes = [context.Process(target=serve, args=job, daemon=True) for job in jobs]
         for process in self.processes:
             process.start()
 
-    def run(self, function, *args, patience: float = 90., ranks=None):
-        ranks = range(len(self.pipes)) if ranks is None else ranks
-        for rank in ranks:
-            self.pipes[rank].send((function, args))
+    def run(self, function, *args, patience: float = 90.):
+        for pipe in self.pipes:
+            pipe.send((function, args))
         results = []
-        for rank in ranks:
-            if not self.pipes[rank].poll(patience):
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(patience):
                 self.close()
-                raise TimeoutError(f'process {rank} gave no answer within {patience} s to {function.__name__}')
-            status, result = self.pipes[rank].recv()
-            results.append((status, result))
+                raise TimeoutError(f'process {rank} gave no answer to {function.__name__} in {patience} s')
+            results.append(pipe.recv())
         errors = [result for status, result in results if status == 'error']
         assert not errors, '\n'.join(errors)
         return [result for _, result in results]

@@ -17,16 +17,18 @@ from torch import nn
 
 from gloo_workers import Workers
 from video_diffusion.causal_vae import CausalVAE
-from video_diffusion.context_parallel import CausalConv3d, GroupNorm, gather_frames, split_frames, sum_gradients
+from video_diffusion.context_parallel import (CausalConv3d, GroupNorm, Piece, PrependBorrowed, gather_frames,
+                                              split_frames, sum_gradients)
 from video_diffusion.distributed import data_and_frames_mesh
+from video_diffusion.frame_shares import agree_on_shares
 
 GROUPS = [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
 @pytest.fixture(scope='module')
 def workers():
-    workers = Workers(4)
-    workers.run(make_groups)
+    workers = Workers(4, timeout=120.)
+    workers.run(make_groups, patience=240.)       # starting takes long on a busy machine
     yield workers
     workers.close()
 
@@ -35,7 +37,8 @@ def workers():
 
 def make_groups(rank):
     """Called once; the groups live as long as the worker."""
-    make_groups.by_size = {len(ranks): dist.new_group(ranks, timeout=timedelta(seconds=30)) for ranks in GROUPS}
+    timeout = timedelta(seconds=30)
+    make_groups.by_size = {len(ranks): dist.new_group(ranks, timeout=timeout) for ranks in GROUPS}
 
 
 def small_vae(scope, dtype, **kwargs):
@@ -127,7 +130,7 @@ CASES = [
 
 @pytest.mark.parametrize('scope', ['clip', 'frame'])
 @pytest.mark.parametrize('size, frames, shares', CASES)
-def test_outputs_and_all_gradients_equal_those_of_one_process_in_float64(workers, size, frames, shares, scope):
+def test_outputs_and_all_gradients_equal_those_of_one_process(workers, size, frames, shares, scope):
     assert_close(workers.run(compare_with_one_process, size, frames, scope, torch.float64, shares), 1e-10)
 
 
@@ -202,8 +205,6 @@ def gradient_of_the_first_frame(rank):
     (x * weights).sum().backward()
     reference = [p.grad.clone() for p in layers.parameters()]
 
-    from video_diffusion.context_parallel import Piece
-    from video_diffusion.frame_shares import agree_on_shares
     layers.zero_grad()
     clip = whole.detach().clone().requires_grad_()
     x = split_frames(clip, group)
@@ -236,8 +237,6 @@ def test_group_norm_equals_that_of_torch_even_far_from_zero(scope):
     x = torch.randn(2, 8, 5, 6, 7) + 1000.
     ours, peer = GroupNorm(4, 8, scope), nn.GroupNorm(4, 8, eps=1e-6)
     frames = x.transpose(1, 2).flatten(0, 1)
-    reference = peer(x.double().float()) if scope == 'clip' else peer(frames).unflatten(0, (2, 5)).transpose(1, 2)
-    torch.testing.assert_close(ours(x), reference, atol=2e-3, rtol=0)
     exact = peer.double()(x.double() if scope == 'clip' else frames.double())
     exact = exact if scope == 'clip' else exact.unflatten(0, (2, 5)).transpose(1, 2)
     assert (ours(x) - exact).abs().max() < 1e-3        # float32 resolves 6e-5 at 1000
@@ -246,8 +245,6 @@ def test_group_norm_equals_that_of_torch_even_far_from_zero(scope):
 def layout_of_borrowed(rank):
     if rank >= 2:
         return None
-    from video_diffusion.context_parallel import PrependBorrowed
-    from video_diffusion.frame_shares import agree_on_shares
     group = make_groups.by_size[2]
     x = torch.rand(1, 4, 3, 4, 4).contiguous(memory_format=torch.channels_last_3d)
     joined = PrependBorrowed.apply(x, agree_on_shares(x, group), 2)
@@ -281,7 +278,8 @@ def counted_bytes():
         count('all_reduce', x.nbytes)
         return real['all_reduce'](x, group=group)
 
-    with mock.patch.multiple(dist, batch_isend_irecv=batch_isend_irecv, all_gather=all_gather, all_reduce=all_reduce):
+    with mock.patch.multiple(dist, batch_isend_irecv=batch_isend_irecv, all_gather=all_gather,
+                             all_reduce=all_reduce):
         yield sent
 
 
@@ -291,7 +289,7 @@ def bytes_sent(rank, size, scope):
     group = make_groups.by_size[size]
     vae = small_vae(scope, torch.float32)
     video, _ = video_and_weights(17, torch.float32)
-    halo, norms = [], []
+    halo = []
     handles = [module.register_forward_pre_hook(
         lambda m, args: halo.append(args[0][:, :, :1].nbytes * m.borrowed)) for module in vae.modules()
         if isinstance(module, CausalConv3d)]
@@ -333,8 +331,8 @@ def different_batches(group):
 
 
 def different_shapes(group):
-    small_vae('clip', torch.float32).context_parallel(group).encode(torch.rand(1, 3, 4 + (group.rank() == 0), 8,
-                                                                               8 * (1 + group.rank())))
+    video = torch.rand(1, 3, [5, 4][group.rank()], 8, [8, 16][group.rank()])
+    small_vae('clip', torch.float32).context_parallel(group).encode(video)
 
 
 def too_many_processes(group):

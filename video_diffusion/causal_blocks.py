@@ -1,9 +1,9 @@
 """What the causal VAE is made of: conditioned norm, residual block, half and double the size.
 
-Every norm here is followed by SiLU and a causal convolution, and `normed_conv` is that triple. With gradients it
-does what it says. Without, the norm's statistics are taken first; then a few frames at a time are normalised,
-put through SiLU and the convolution, and written to the output, which may be the memory of the input. So a
-residual block holds two feature maps, its input and its output, where a plain one holds five or more.
+Every norm here is followed by SiLU and a causal convolution, and `normed_conv` is that triple. With gradients
+it does what it says. Without, the norm's statistics are taken first; then a few frames at a time are
+normalised, put through SiLU and the convolution, and written to the output, which may be the memory of the
+input. So a residual block holds two feature maps, its input and its output; a plain one holds five or more.
 
 Shapes: x b c f h w is the feature map, z b c fz hz wz the latent that conditions the decoder's norms.
 """
@@ -39,13 +39,16 @@ class Norm(GroupNorm):
             latent_of = stretched_index(z.shape[2], x.shape[2], piece.first, x.device)  # (f,)
 
         def frames(start: int, stop: int) -> Tensor:
-            part = x[:, :, start:stop]
+            part = x[:, :, start:stop]                                                  # b c f h w
             a, b = (t[:, :, start:stop] if t.shape[2] > 1 else t for t in (scale, shift))
             if not self.conditioned:
                 return silu(torch.addcmul(b, part, a).to(x.dtype))
+            # Stretched in time and width only; over the rows of one latent row it is broadcast.
             at, wide = latent_of[start:stop], x.shape[-1] // z.shape[-1]
-            gain_here, offset_here = (t.index_select(2, at).repeat_interleave(wide, -1) for t in (gain, offset))
-            a, b = a * gain_here, torch.addcmul(offset_here, b, gain_here)              # b c f hz w
+            here = (t.index_select(2, at).repeat_interleave(wide, -1) for t in (gain, offset))
+            gain_here, offset_here = here                                               # b c f hz w
+            # (part * a + b) * gain + offset = part * (a * gain) + (b * gain + offset)
+            a, b = a * gain_here, torch.addcmul(offset_here, b, gain_here)
             rows = part.unflatten(3, (z.shape[3], -1))                                  # b c f hz h/hz w
             return silu(torch.addcmul(b.unsqueeze(4), rows, a.unsqueeze(4)).to(x.dtype).flatten(3, 4))
         return frames
@@ -56,14 +59,15 @@ def silu(x: Tensor) -> Tensor:
 
 
 def stretched_index(short: int, long: int, first: bool, device) -> Tensor:
-    """Nearest resizing in time, (long,): first frame to first frame where that one is special, rest to rest."""
+    """Nearest resizing in time, (long,): a special first frame to the first frame, the rest to the rest."""
     index = torch.arange(long, device=device)
     if first:
         return (index - 1) // max(1, (long - 1) // max(1, short - 1)) + 1
     return index // (long // short)
 
 
-def normed_conv(x: Tensor, norm: Norm, conv: CausalConv3d, z: Tensor | None, piece: Piece, dropout=None, reuse=False):
+def normed_conv(x: Tensor, norm: Norm, conv: CausalConv3d, z: Tensor | None, piece: Piece,
+                dropout: nn.Dropout | None = None, reuse: bool = False) -> Tensor:
     """norm, SiLU, dropout, causal convolution; `reuse` says that x is not needed afterwards."""
     prepare = norm.prepare(x, z, piece)
     drops = dropout is not None and dropout.p > 0 and dropout.training
@@ -81,20 +85,21 @@ class ResnetBlock(nn.Module):
         self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = CausalConv3d(out_channels, out_channels)
-        self.shortcut = nn.Conv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, z: Tensor | None, piece: Piece) -> Tensor:
-        h = normed_conv(x, self.norm1, self.conv1, z, piece)
-        h = normed_conv(h, self.norm2, self.conv2, z, piece, self.dropout, reuse=True)
+        h = normed_conv(x, self.norm1, self.conv1, z, piece)                              # b out f h w
+        h = normed_conv(h, self.norm2, self.conv2, z, piece, self.dropout, reuse=True)    # b out f h w
         if torch.is_grad_enabled():
             return h + self.shortcut(x)
-        for start, stop in steps(x):
+        for start, stop in steps(x):                 # no third feature map for the sum
             h[:, :, start:stop] += self.shortcut(x[:, :, start:stop])
         return h
 
 
 class Downsample(nn.Module):
-    """Halves height and width by a 3x3 convolution per frame, and time, where asked, by averaging pairs before it."""
+    """Halves height and width by a 3x3 convolution per frame, time by averaging pairs before it."""
 
     def __init__(self, channels: int, time: bool):
         super().__init__()
@@ -116,7 +121,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width (nearest, then a 3x3 convolution per frame), and time, where asked, by repetition.
+    """Doubles height and width (nearest, then a 3x3 convolution per frame); time, where asked, by repetition.
 
     Repeated frames stay alike under a convolution per frame, so time is doubled after it.
     """

@@ -6,20 +6,20 @@ outside; inside it is [-1, 1].
     video    b  3 17 64 64     f0 | f1 f2 f3 f4 | f5 f6 f7 f8 | ...      1 + 4k frames
     latent   b 16  5  8  8     z0 |     z1      |     z2      | ...      1 + k frames
 
-The special first frame is compressed in space only, so that one network reads images and videos. A clip of 4k
-frames has none: k latent frames. Which of the two a clip is gets decided once, in `encode` and `decode`, and is
-handed down in a `Piece`; no layer guesses it from the number of frames before it.
+The special first frame is compressed in space only, so that one network reads images and videos. A clip of
+4k frames has none: k latent frames. Which of the two a clip is gets decided once, in `encode` and `decode`,
+and is handed down in a `Piece`; no layer guesses it from the number of frames before it.
 
 Levels: the encoder halves height and width between levels, and time between the first two (4 = 2 * 2); the
 decoder doubles them, time too between *its* first two. The decoder's norms are conditioned on the latent
 (Zheng et al. 2022, arXiv 2209.09002): `group_norm(x) * gain(z) + offset(z)`, z stretched to the size of x.
 
-`norm_scope='clip'` takes the norms' statistics over all frames at hand, as the pretrained weights expect; then
-only the convolutions are causal. With `'frame'` the whole VAE is, and streaming is exact.
+`norm_scope='clip'` takes the norms' statistics over all frames at hand, as the pretrained weights expect;
+then only the convolutions are causal. With `'frame'` the whole VAE is, and streaming is exact.
 
     vae = CausalVAE()
     z = vae.encode(video).mode()                  # (1, 3, 49, 256, 256) -> (1, 16, 13, 32, 32)
-    video = vae.decode(z, chunk=2, tile=256)      # both optional: 2 latent frames at a time, in tiles of 256 pixels
+    video = vae.decode(z, chunk=2, tile=256)      # optional: 2 latent frames at a time, tiles of 256 pixels
     for frames in vae.decode_stream(latents):     # an endless video in constant memory
         ...
 """
@@ -35,7 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from video_diffusion.causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from video_diffusion.context_parallel import CausalConv3d, Piece
-from video_diffusion.frame_shares import (agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise)
+from video_diffusion.frame_shares import (agree_on_shapes, agree_on_shares, has_special_first_frame,
+                                          share_of_noise)
 from video_diffusion.gaussian import DiagonalGaussian
 from video_diffusion.tiling import in_tiles
 
@@ -92,13 +93,13 @@ class CausalVAE(nn.Module):
         out_channels: int = 3,
         latent_channels: int = 16,
         dim: int = 128,                       # channels after the first convolution
-        dim_mults: tuple = (1, 2, 2, 4),      # channels of each level, in dims; one halving of h and w less than levels
+        dim_mults: tuple = (1, 2, 2, 4),      # channels of each level, in dims; h and w halve between levels
         blocks_per_level: int = 3,            # in the encoder; the decoder has one more
         time_compression: int = 4,            # 1, 2, 4 or 8
         norm_groups: int = 32,
-        norm_scope: str = 'clip',             # 'clip' as the pretrained weights expect, 'frame' for strict causality
+        norm_scope: str = 'clip',             # as pretrained weights expect; 'frame' for strict causality
         dropout: float = 0.,
-        gradient_checkpointing: bool = False,     # recompute blocks in the backward pass: less memory, more time
+        gradient_checkpointing: bool = False, # recompute blocks in the backward pass: less memory, more time
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
@@ -108,11 +109,12 @@ class CausalVAE(nn.Module):
         self.time_compression, self.space_compression = time_compression, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
         self.gradient_checkpointing = gradient_checkpointing
-        self.group = None
+        self.group = None                     # processes that share a clip's frames, see context_parallel
 
         def norm(channels): return Norm(norm_groups, channels, norm_scope)
         def conditioned_norm(channels): return Norm(norm_groups, channels, norm_scope, latent_channels)
-        self.encoder = Encoder(in_channels, latent_channels, dim, dims, blocks_per_level, time_levels, norm, dropout)
+        self.encoder = Encoder(in_channels, latent_channels, dim, dims, blocks_per_level, time_levels,
+                               norm, dropout)
         self.decoder = Decoder(out_channels, latent_channels, dims, blocks_per_level, time_levels,
                                conditioned_norm, dropout)
 
@@ -121,7 +123,7 @@ class CausalVAE(nn.Module):
         posterior = self.encode(video)
         frames, z = video.shape[2], posterior.mode()
         if self.group is not None:
-            frames = sum(shape[2] for shape in agree_on_shapes(video, self.group))
+            frames = sum(shape[2] for shape in agree_on_shapes(video, self.group))     # of the whole clip
             if sample:
                 z = z + posterior.std * share_of_noise(z, self.group, generator)
         elif sample:
@@ -137,12 +139,14 @@ class CausalVAE(nn.Module):
         self._refuse_bad_video(video)
         self._refuse_bad_pieces(chunk, tile, self.time_compression)
         if tile is not None:
-            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
+            scale = 1 / self.space_compression
+            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, scale)
         else:
             moments = self._moments(video, chunk)
         return DiagonalGaussian.from_moments(moments)
 
-    def decode(self, z: Tensor, frames: int | None = None, chunk: int | None = None, tile: int | None = None) -> Tensor:
+    def decode(self, z: Tensor, frames: int | None = None,
+               chunk: int | None = None, tile: int | None = None) -> Tensor:
         """Latents (b latent_channels fz hz wz) -> video (b c f h w), [0, 1] but not clamped.
 
         fz latent frames become 1 + 4 (fz - 1) frames, or `frames=4 * fz` where no first frame was kept apart.
@@ -155,10 +159,11 @@ class CausalVAE(nn.Module):
             return in_tiles(lambda part: self._video(part, frames, chunk), z, tile // scale, scale)
         return self._video(z, frames, chunk)
 
-    def encode_stream(self, frame_chunks: Iterable[Tensor], first_frame: bool = True) -> Iterator[DiagonalGaussian]:
+    def encode_stream(self, frame_chunks: Iterable[Tensor],
+                      first_frame: bool = True) -> Iterator[DiagonalGaussian]:
         """Chunks of any number of frames -> distributions over the latent frames that they complete.
 
-        `first_frame`: the video begins with the special frame that is kept apart (1 + 4k frames), or not (4k).
+        `first_frame`: the video begins with the special frame that is kept apart (1 + 4k frames) or not (4k).
         """
         parts = (chunk * 2 - 1 for chunk in self._whole_latents(frame_chunks, first_frame))
         for moments in self._stream(self.encoder, parts, first_frame):
@@ -198,11 +203,12 @@ class CausalVAE(nn.Module):
     def _share(self, network: nn.Module, x: Tensor, shares) -> Tensor:
         if x.shape[2] == 0:
             return self._nothing(network, x)
+        first = shares.special and shares.rank == 0
         alone = x.shape[2] == sum(shares.counts)                   # an image is the first process's business
-        return network(x, Piece(shares.special and shares.rank == 0, shares=None if alone else shares), self._run)
+        return network(x, Piece(first, shares=None if alone else shares), self._run)
 
     def _nothing(self, network: nn.Module, x: Tensor) -> Tensor:
-        """No frames, in the shape that they would have; it hangs on x and the network, so that backward() works."""
+        """No frames, in the shape they would have; they hang on x and network, so that backward() works."""
         down = network is self.encoder
         size = [n // self.space_compression if down else n * self.space_compression for n in x.shape[3:]]
         channels = network.conv_out.bias + x.sum()                       # (c,)
@@ -226,8 +232,9 @@ class CausalVAE(nn.Module):
                 yield waiting[:, :, :ready]
                 waiting, extra = waiting[:, :, ready:].clone(), 0
         if waiting is not None and waiting.shape[2] > 0:
-            raise ValueError(f'{waiting.shape[2]} frames are left at the end of the stream: time is compressed by '
-                             f'{self.time_compression}, so give {"1 + " if first_frame else ""}a multiple of it')
+            form = '1 + a multiple' if first_frame else 'a multiple'
+            raise ValueError(f'{waiting.shape[2]} frames are left at the end of the stream: '
+                             f'time is compressed, so give {form} of {self.time_compression}')
 
     def _run(self, block: nn.Module, *args) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -238,29 +245,33 @@ class CausalVAE(nn.Module):
         """Is the first latent frame one single frame? Decided here, for the whole clip."""
         with_first, without = 1 + self.time_compression * (latents - 1), self.time_compression * latents
         if frames not in (None, with_first, without):
-            raise ValueError(f'frames={frames}: {latents} latent frames stand for {with_first} frames, or for '
-                             f'{without} without a special first frame')
+            raise ValueError(f'frames={frames}: {latents} latent frames stand for {with_first} frames, '
+                             f'or for {without} without a special first frame')
         return frames in (None, with_first)
 
     def _refuse_bad_video(self, video: Tensor):
         if video.ndim != 5:
-            raise ValueError(f'a video of shape {tuple(video.shape)}: give (batch, channels, frames, height, width)')
+            raise ValueError(f'a video of shape {tuple(video.shape)}: '
+                             'give (batch, channels, frames, height, width)')
         channels = self.config['in_channels']
         if video.shape[1] != channels:
-            raise ValueError(f'a video of {video.shape[1]} channels: this VAE was built with in_channels={channels}')
+            raise ValueError(f'a video of {video.shape[1]} channels: '
+                             f'this VAE was built with in_channels={channels}')
         c = self.space_compression
         if any(n % c for n in video.shape[3:]):
             h, w = (max(c, round(n / c) * c) for n in video.shape[3:])
-            raise ValueError(f'{video.shape[3]} x {video.shape[4]} pixels: this VAE compresses height and width by {c}, '
-                             f'so give multiples of {c} (nearest: {h} x {w})')
+            raise ValueError(f'{video.shape[3]} x {video.shape[4]} pixels: height and width are compressed '
+                             f'by {c}, so give multiples of {c} (nearest: {h} x {w})')
 
     def _refuse_bad_latent(self, z: Tensor):
         if z.ndim != 5 or z.shape[1] != self.latent_channels:
-            raise ValueError(f'latents of shape {tuple(z.shape)}: give (batch, {self.latent_channels}, frames, height, width)')
+            raise ValueError(f'latents of shape {tuple(z.shape)}: '
+                             f'give (batch, {self.latent_channels}, frames, height, width)')
 
     def _refuse_bad_pieces(self, chunk: int | None, tile: int | None, unit: int):
         if chunk is not None and self.group is not None:
-            raise ValueError('chunk cannot be combined with context parallelism: a process has all its frames at once')
+            raise ValueError(f'chunk={chunk}: in a context-parallel group a process has all its frames '
+                             'at once, give no chunk')
         if chunk is not None and (chunk < 1 or chunk % unit):
             raise ValueError(f'chunk={chunk}: give a multiple of {unit} frames')
         if tile is not None and (tile < 4 * self.space_compression or tile % self.space_compression):
@@ -276,8 +287,8 @@ def chunks(x: Tensor, length: int) -> list[Tensor]:
 
 def refuse_bad_config(dim, dim_mults, time_compression, norm_groups, norm_scope):
     if time_compression not in (1, 2, 4, 8) or time_compression > 2 ** (len(dim_mults) - 1):
-        raise ValueError(f'time_compression={time_compression}: give 1, 2, 4 or 8, and at most 2 per step between '
-                         f'levels; {len(dim_mults)} dim_mults allow {min(8, 2 ** (len(dim_mults) - 1))}')
+        raise ValueError(f'time_compression={time_compression}: give 1, 2, 4 or 8, at most 2 per step '
+                         f'between levels; {len(dim_mults)} levels allow {min(8, 2 ** (len(dim_mults) - 1))}')
     if norm_scope not in ('clip', 'frame'):
         raise ValueError(f"norm_scope={norm_scope!r}: give 'clip' or 'frame'")
     for channels in [dim, *(round(dim * mult) for mult in dim_mults)]:

@@ -7,17 +7,17 @@ last. Only two things in a causal convolutional network look beyond a process's 
 
                    process 0          process 1          process 2
                    f0 f1 f2 f3 f4     f5 f6 f7 f8        f9 f10 f11 f12
-                            '--'---->          '--'---->                    activations, in the forward pass
-                            <----'--'          <----'--'                    their gradients, in the backward pass
+                            '--'---->          '--'---->                    activations, in the forward,
+                            <----'--'          <----'--'                    their gradients, in the backward
 
-    GroupNorm      mean and variance run over all frames of the clip: the processes exchange a mean and a sum of
-                   squared deviations per group of channels and combine them, never the activations themselves.
+    GroupNorm      mean and variance run over all frames of the clip: the processes exchange a mean and a sum
+                   of squared deviations per group of channels and combine them, never the activations.
 
 Both are exact, gradients too: a borrowed frame's gradient travels back to its owner, who adds it to its own.
 What a process computes is therefore one term of the clip's loss: *add up* losses and parameter gradients over
 the group (`sum_gradients`). Per causal convolution of kernel k, each process but the first receives
 b * c * (k - 1) * h * w numbers, in the backward pass likewise; per norm over the clip, each process sends its
-2 * b * groups numbers to every other. Nothing else travels, but for five integers per clip (`agree_on_shares`).
+2 * b * groups numbers to every other. Nothing else travels but five integers per clip (`agree_on_shapes`).
 
 Layers learn what they must know about their frames from a `Piece` handed down with them. It also carries the
 state of streaming: the last frames that each convolution has seen. Modules keep nothing between calls.
@@ -41,7 +41,7 @@ class Piece:
     """What a layer must know about the frames it is given: decided once for a clip, then handed down."""
     first: bool = True               # they begin with the clip's special first frame, kept apart in time
     past: dict = field(default_factory=dict)     # streaming: the frames before these, for each convolution
-    future: dict | None = None       # streaming: where each convolution leaves its last frames for the next piece
+    future: dict | None = None       # streaming: where each convolution leaves its last frames for the next
     shares: Shares | None = None     # the frames of the same clip that other processes hold
 
     def resampled(self, factor: float) -> 'Piece':
@@ -52,10 +52,10 @@ class Piece:
 # ---- the two layers that look beyond their own frames
 
 class CausalConv3d(nn.Conv3d):
-    """Output frame t sees input frames t-k+1 ... t: k-1 frames are put before the clip, zeros around it in space.
+    """Output frame t sees input frames t-k+1 ... t: k-1 frames are put before the clip, zeros around it.
 
-    The frames before are copies of the clip's first frame; those that another process or the last chunk holds
-    where `piece` says so.
+    Those are copies of the clip's first frame, or the frames of another process or of the last chunk where
+    `piece` says that such come before.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
@@ -75,11 +75,11 @@ class CausalConv3d(nn.Conv3d):
 
     @torch.no_grad()
     def in_steps(self, x: Tensor, prepare, piece: Piece, reuse: bool = False) -> Tensor:
-        """The same as `forward(prepare(0, f))`, a few frames at a time; `prepare(start, stop)` reads frames of x.
+        """The same as `forward(prepare(0, f))`, a few frames at a time; prepare(start, stop) reads some of x.
 
-        It goes from the last frame to the first. Nobody looks at a frame again once those after it are done, so
-        with `reuse` the output takes the place of x; and what comes before the first frame is needed last, when
-        a message from another process has had time to arrive.
+        It goes from the last frame to the first. Nobody looks at a frame again once those after it are done,
+        so with `reuse` the output takes the place of x; and what comes before the first frame is needed last,
+        when a message from another process has had time to arrive.
         """
         frames, past = x.shape[2], None
         first, last = prepare(0, 1), prepare(max(0, frames - self.borrowed), frames)
@@ -97,12 +97,13 @@ class CausalConv3d(nn.Conv3d):
                 inputs = torch.cat([past[:, :, start:], inputs], dim=2)
             y = super().forward(inputs)                                           # b c stop-start h w
             if out is None:
-                out = x if reuse and y.shape[1] == x.shape[1] and y.dtype == x.dtype else empty_clip(y, frames)
+                fits = y.shape[1] == x.shape[1] and y.dtype == x.dtype
+                out = x if reuse and fits else empty_clip(y, frames)
             out[:, :, start:stop] = y
         return out
 
     def frames_before(self, first: Tensor, last: Tensor, piece: Piece) -> Tensor:
-        """The k-1 frames before a piece of which `first` and `last` frames are given; remembers its last k-1."""
+        """The k-1 frames before a piece, given its `first` and `last` frames; remembers the last."""
         past = piece.past.get(self)
         if past is None:
             past = first.expand(-1, -1, self.borrowed, -1, -1)
@@ -115,12 +116,13 @@ class CausalConv3d(nn.Conv3d):
 
     def as_image(self, x: Tensor) -> Tensor:
         """All k frames under the kernel are the same one, so its weights can be summed over time first."""
-        return F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:]).unsqueeze(2)
+        image = F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:])
+        return image.unsqueeze(2)
 
 
 def steps(x: Tensor, first: bool = False) -> list[tuple[int, int]]:
-    """Cuts f frames into (start, stop) so that a step's feature map stays small; even lengths, but for a `first`."""
-    most = 2 ** 22 if x.device.type == 'cpu' else 2 ** 27            # numbers; measured on the CPU only
+    """Cuts f frames into (start, stop), few enough for little memory; an even number, and the `first`."""
+    most = 2 ** 21 if x.device.type == 'cpu' else 2 ** 27            # numbers; measured on the CPU only
     length = max(1, most // (2 * x[:, :, :1].numel())) * 2
     cuts = [0, *range(length + first, x.shape[2], length), x.shape[2]]
     return list(zip(cuts, cuts[1:]))
@@ -133,7 +135,7 @@ def empty_clip(frames_like: Tensor, frames: int) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm as `x * scale + shift`; scope 'clip' takes its statistics over all frames, 'frame' over each."""
+    """Group norm as `x * scale + shift`; statistics over all frames ('clip') or over each one ('frame')."""
 
     def __init__(self, groups: int, channels: int, scope: str = 'clip'):
         super().__init__(groups, channels, eps=1e-6)
@@ -148,29 +150,31 @@ class GroupNorm(nn.GroupNorm):
         mean, deviation = FrameMoments.apply(x, self.num_groups)          # b g f
         numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
         if self.scope == 'clip':
-            mean, deviation = combine(mean, deviation, mean.new_full((x.shape[2],), numbers))     # b g 1
-            numbers = numbers * x.shape[2]
+            mean, deviation = combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
+            counts = piece.shares.counts if piece.shares else [x.shape[2]]
             if piece.shares is not None:
-                mean, deviation, numbers = over_the_group(mean, deviation, numbers // x.shape[2], piece.shares)
+                mean, deviation = over_the_group(mean, deviation, numbers, piece.shares)
+            numbers *= sum(counts)
         scale = torch.rsqrt(deviation / numbers + self.eps)
-        scale, mean = (t.repeat_interleave(x.shape[1] // self.num_groups, dim=1) for t in (scale, mean))     # b c f
+        width = x.shape[1] // self.num_groups
+        scale, mean = (t.repeat_interleave(width, dim=1) for t in (scale, mean))                  # b c f|1
         scale = scale * self.weight[:, None]
         shift = self.bias[:, None] - mean * scale
         return scale[..., None, None], shift[..., None, None]
 
 
 def combine(mean: Tensor, deviation: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and sums of squared deviations of parts, (b g p), to those of the whole, (b g 1) (Chan et al. 1979)."""
+    """Means and sums of squared deviations of parts, (b g p), to the whole's, (b g 1) (Chan et al. 1979)."""
     whole = (mean * (counts / counts.sum())).sum(-1, keepdim=True)
     return whole, (deviation + counts * (mean - whole) ** 2).sum(-1, keepdim=True)
 
 
 def over_the_group(mean: Tensor, deviation: Tensor, numbers_per_frame: int, shares: Shares):
-    """Statistics of this process's frames, (b g 1), to those of the clip, and how many numbers they describe."""
-    parts = AllGather.apply(torch.cat([mean, deviation], dim=-1), shares.group, 'group norm statistics')   # p b g 2
-    mean, deviation = parts.permute(3, 1, 2, 0)                                                            # b g p
-    numbers = [n * numbers_per_frame for n in shares.counts]
-    return *combine(mean, deviation, mean.new_tensor(numbers)), sum(numbers)
+    """Statistics of this process's frames, (b g 1), to those of the whole clip."""
+    own = torch.cat([mean, deviation], dim=-1)                                             # b g 2
+    parts = AllGather.apply(own, shares.group, 'group norm statistics')                    # p b g 2
+    mean, deviation = parts.permute(3, 1, 2, 0)                                            # b g p
+    return combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
 
 
 class FrameMoments(torch.autograd.Function):
@@ -220,7 +224,7 @@ class PrependBorrowed(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         shares, borrowed = ctx.shares, ctx.borrowed
         grad_past, grad_x = grad[:, :, :borrowed], grad[:, :, borrowed:].clone()
-        if shares.rank == 0:                               # its frames before are copies of its own first frame
+        if shares.rank == 0:                               # before it stand copies of its own first frame
             grad_x[:, :, :1] += grad_past.sum(dim=2, keepdim=True)
         return_to_owners(grad_past, grad_x, shares, borrowed)
         return grad_x, None, None

@@ -57,23 +57,24 @@ def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
     channels = config['block_out_channels']
     vae = CausalVAE(
         in_channels=config['in_channels'], out_channels=config['out_channels'],
-        latent_channels=config['latent_channels'], dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels),
-        blocks_per_level=config['layers_per_block'], time_compression=int(config['temporal_compression_ratio']),
-        norm_groups=config['norm_num_groups'])
+        latent_channels=config['latent_channels'], norm_groups=config['norm_num_groups'],
+        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels),
+        blocks_per_level=config['layers_per_block'],
+        time_compression=int(config['temporal_compression_ratio']))
     return load_renamed(vae, read_safetensors(path), diffusers_name, path)
 
 
 def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426):
-    """Writes config.json and diffusion_pytorch_model.safetensors; `scaling_factor` is for the diffusion model."""
+    """Writes config.json and the weights; `scaling_factor` is noted there for the diffusion model."""
     from safetensors.torch import save_file
     config = vae.config
     if config['dim_mults'][0] != 1 or config['norm_scope'] != 'clip':
-        raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' network "
-                         "has the form dim_mults=(1, ...), norm_scope='clip' only")
+        raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
+                         "network has the form dim_mults=(1, ...), norm_scope='clip' only")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
-    state = {diffusers_name(name, vae): value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
+    state = {diffusers_name(name, vae): value.cpu().contiguous() for name, value in vae.state_dict().items()}
     save_file(state, folder / 'diffusion_pytorch_model.safetensors', metadata={'format': 'pt'})
     (folder / 'config.json').write_text(json.dumps({
         '_class_name': 'AutoencoderKLCogVideoX', **FIXED,
@@ -129,13 +130,14 @@ def renamed(name: str, table: list[tuple[str, str]]) -> str:
 
 
 def load_renamed(vae: CausalVAE, state: dict[str, Tensor], their_name, path: Path) -> CausalVAE:
-    """Strict: every parameter is filled and every tensor of the file is used, or an error lists what is wrong."""
+    """Strict: every parameter is filled, every tensor of the file used, or an error lists what is wrong."""
     ours = vae.state_dict()
     names = {their_name(name, vae): name for name in ours}
     wrong = [f'missing: {theirs}' for theirs in names if theirs not in state]
     wrong += [f'not expected: {theirs}' for theirs in state if theirs not in names]
-    wrong += [f'{theirs} has shape {tuple(state[theirs].shape)}, expected {tuple(ours[name].shape)}'
-              for theirs, name in names.items() if theirs in state and state[theirs].shape != ours[name].shape]
+    both = [(theirs, name) for theirs, name in names.items() if theirs in state]
+    pairs = [(theirs, state[theirs].shape, ours[name].shape) for theirs, name in both]
+    wrong += [f'{theirs} has shape {tuple(a)}, expected {tuple(b)}' for theirs, a, b in pairs if a != b]
     if wrong:
         raise ValueError(f'{path} does not fit the causal VAE:\n  ' + '\n  '.join(wrong))
     vae.load_state_dict({name: state[theirs] for theirs, name in names.items()})
@@ -150,7 +152,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         names = set(json.loads(index[0].read_text())['weight_map'].values())
         files = [path / name for name in sorted(names)]
     if len(files) == 0 or (len(files) > 1 and not index):
-        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: give the path of one file')
+        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
+                                'give the path of one file')
     state = {}
     for file in files:
         state |= load_file(file)

@@ -31,4 +31,5 @@ def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedel
     grid = ranks.view(-1, frames) if adjacent else ranks.view(frames, -1).T          # (data, frames)
     data_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=timeout)
     frames_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
-    return DeviceMesh.from_group([data_group, frames_group], device_type, mesh=grid, mesh_dim_names=('data', 'frames'))
+    return DeviceMesh.from_group([data_group, frames_group], device_type, mesh=grid,
+                                 mesh_dim_names=('data', 'frames'))

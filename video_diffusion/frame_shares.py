@@ -31,10 +31,10 @@ class Shares:
     special: bool                 # the first process begins with the clip's special first frame
 
     def loans(self, borrowed: int) -> dict[tuple[int, int], list[int]]:
-        """{(lender, borrower): the lender's frames, -1 for its last}, for `borrowed` frames before each share.
+        """{(lender, borrower): the lender's frames, -1 for its last}: `borrowed` frames before each share.
 
-        A share may be shorter than what the next process borrows; then the one before it lends too. Before the
-        clip's first frame stand copies of that frame.
+        A share may be shorter than what the next process borrows; then the one before it lends too. Before
+        the clip's first frame stand copies of that frame.
         """
         owner = [(process, i - n) for process, n in enumerate(self.counts) for i in range(n)]
         plan = {}
@@ -59,15 +59,16 @@ def has_special_first_frame(frames: int, compression: int) -> bool:
     if frames % compression == 1:
         return True
     low = frames // compression * compression
+    with_first = f'nearest: {low + 1} or {low + 1 + compression}'
+    without = f'nearest: {low or compression} or {low + compression}'
     raise ValueError(f'{frames} frames: time is compressed by {compression}, so a clip has 1 + a multiple of '
-                     f'{compression} frames (nearest: {low + 1} or {low + 1 + compression}), or a multiple of it, '
-                     f'then without a special first frame (nearest: {low or compression} or {low + compression})')
+                     f'that ({with_first}), or a multiple without a special first frame ({without})')
 
 
-def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1, debug: bool = False) -> Tensor:
+def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1, debug=False) -> Tensor:
     """(b c f h w) -> this process's share of f; for a video give the `time_compression` of its VAE.
 
-    The shares differ by at most one latent frame. `debug` makes sure that all processes were given the same clip.
+    The shares differ by at most one latent frame. `debug` makes sure that all processes got the same clip.
     """
     if debug:
         refuse_different_clips(x, group)
@@ -75,7 +76,8 @@ def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1,
     latents = -(-x.shape[2] // time_compression)
     refuse_idle_processes(latents, group)
     shares = [latents // group.size() + (p < latents % group.size()) for p in range(group.size())]
-    counts = [n * time_compression - (time_compression - 1) * (special and p == 0) for p, n in enumerate(shares)]
+    counts = [n * time_compression for n in shares]
+    counts[0] -= (time_compression - 1) * special                  # the special first frame is one, not four
     return SplitFrames.apply(x, group, counts)
 
 
@@ -88,7 +90,7 @@ def gather_frames(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def sum_gradients(parameters, group: dist.ProcessGroup):
-    """After backward(): adds up every parameter's gradient over the group, so that all processes hold the sum."""
+    """After backward(): adds up every parameter's gradient over the group, in every process."""
     for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:                    # a process without frames
@@ -98,9 +100,10 @@ def sum_gradients(parameters, group: dist.ProcessGroup):
 
 
 def share_of_noise(x: Tensor, group: dist.ProcessGroup, generator: torch.Generator | None = None) -> Tensor:
-    """Noise for this process's frames, cut from the clip's: processes seeded alike do not draw the same twice."""
+    """Noise for this process's frames, cut from the clip's: those seeded alike do not draw the same twice."""
     counts = [shape[2] for shape in agree_on_shapes(x, group)]
-    whole = torch.randn(*x.shape[:2], sum(counts), *x.shape[3:], generator=generator, device=x.device, dtype=x.dtype)
+    shape = (*x.shape[:2], sum(counts), *x.shape[3:])
+    whole = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     return whole.split(counts, dim=2)[group.rank()]
 
 
@@ -112,15 +115,16 @@ def agree_on_shares(x: Tensor, group: dist.ProcessGroup, compression: int = 1, s
     refuse_idle_processes(-(-sum(counts) // compression), group)
     alone = counts[0] == sum(counts)
     if any((n - (special and p == 0)) % compression or (n == 0 and not alone) for p, n in enumerate(counts)):
-        raise ValueError(f'the processes hold {counts} frames: with time compressed by {compression} each must hold '
-                         f'a multiple of that, the first one more; use split_frames(x, group, {compression})')
+        raise ValueError(f'the processes hold {counts} frames: each must hold a multiple of {compression}, '
+                         f'and the first the special frame too; use split_frames(x, group, {compression})')
     return Shares(group, group.rank(), tuple(counts), special)
 
 
 def agree_on_shapes(x: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
     """Every process's shape, by its rank: the one exchange that is needed per clip to know all sizes."""
     with torch.no_grad():
-        shapes = AllGather.apply(torch.tensor(x.shape, device=x.device), group, 'the shape of its frames').tolist()
+        shape = torch.tensor(x.shape, device=x.device)
+        shapes = AllGather.apply(shape, group, 'the shape of its frames').tolist()
     if len({(b, c, h, w) for b, c, _, h, w in shapes}) > 1:
         raise ValueError(f'the processes of a group hold parts of different clips, of shapes {shapes}: '
                          'only the number of frames may differ; give all of them the same batch')
@@ -138,8 +142,8 @@ def refuse_different_clips(x: Tensor, group: dist.ProcessGroup):
     sums = x.detach().double().flatten(1).sum(1)                           # (b,)
     sums = AllGather.apply(sums, group, 'check sums of its batch')
     if not torch.equal(sums, sums[:1].expand_as(sums)):
-        raise ValueError('the processes of a group were given different batches: seed their data loaders alike '
-                         f'(sums of the videos, by process: {sums.tolist()})')
+        raise ValueError('the processes of a group were given different batches: seed their data loaders '
+                         f'alike (sums of the videos, by process: {sums.tolist()})')
 
 
 class SplitFrames(torch.autograd.Function):
@@ -159,7 +163,7 @@ class SplitFrames(torch.autograd.Function):
 # ---- what travels
 
 def start_borrowing(first: Tensor, last: Tensor, shares: Shares, borrowed: int):
-    """Sends this process's `last` frames to those that need them; returns a function that waits for its own."""
+    """Sends `last` frames to those that need them; returns a function that waits for those before `first`."""
     sends, receives = {}, {}
     for (lender, borrower), frames in shares.loans(borrowed).items():
         if lender == shares.rank:
@@ -180,7 +184,7 @@ def start_borrowing(first: Tensor, last: Tensor, shares: Shares, borrowed: int):
 
 
 def return_to_owners(grad_past: Tensor, grad_x: Tensor, shares: Shares, borrowed: int):
-    """The way back of `start_borrowing`: gradients of borrowed frames are added to those of the frames lent."""
+    """The way back: gradients of the frames that were borrowed are added to those of their owners."""
     sends, receives, start = {}, {}, 0
     plan = shares.loans(borrowed)
     for (lender, borrower), frames in plan.items():
@@ -188,7 +192,8 @@ def return_to_owners(grad_past: Tensor, grad_x: Tensor, shares: Shares, borrowed
             sends[lender] = grad_past[:, :, start:start + len(frames)].contiguous()
             start += len(frames)
         if lender == shares.rank:
-            receives[borrower] = torch.empty_like(grad_past[:, :, :len(frames)], memory_format=torch.contiguous_format)
+            receives[borrower] = torch.empty_like(grad_past[:, :, :len(frames)],
+                                                  memory_format=torch.contiguous_format)
     exchange(sends, receives, shares.group, 'the gradient of the frames that it lent')()
     for borrower, grad in receives.items():
         for index, frame_grad in zip(plan[shares.rank, borrower], grad.unbind(2)):
@@ -216,7 +221,7 @@ class AllGather(torch.autograd.Function):
 
 
 def exchange(sends: dict[int, Tensor], receives: dict[int, Tensor], group: dist.ProcessGroup, what: str):
-    """Starts point-to-point transfers, {rank in the group: tensor}; returns a function that waits for them."""
+    """Starts to send and receive, {rank in the group: tensor}; returns a function that waits for it."""
     def operation(kind, tensor, peer):
         return dist.P2POp(kind, tensor, dist.get_global_rank(group, peer), group)
     operations = [operation(dist.isend, tensor, peer) for peer, tensor in sends.items()]
@@ -234,7 +239,7 @@ def exchange(sends: dict[int, Tensor], receives: dict[int, Tensor], group: dist.
 
 @contextmanager
 def named_errors(what: str, group: dist.ProcessGroup, peers: list[int] | None = None):
-    """Says which operation of which process waited for whom, when a process is gone or the group's time is up."""
+    """Says which operation of which process waited for whom when one is gone or the group's time is up."""
     try:
         yield
     except RuntimeError as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 class DiagonalGaussian:
     def __init__(self, mean: Tensor, logvar: Tensor):
         self.mean = mean
-        self.logvar = logvar.clamp(-30., 20.)    # std between 3e-7 and 2e4: exp() stays finite in every dtype but fp16
+        self.logvar = logvar.clamp(-30., 20.)    # std between 3e-7 and 2e4
 
     @classmethod
     def from_moments(cls, moments: Tensor):
@@ -37,8 +37,8 @@ class DiagonalGaussian:
         return torch.exp(self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.std * noise
+        like = dict(device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, **like)
 
     def mode(self) -> Tensor:
         return self.mean

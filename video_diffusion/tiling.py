@@ -1,13 +1,13 @@
 """Large frames in tiles that overlap: memory for one tile instead of one frame.
 
 Neighbouring tiles share a quarter of their width. There one fades out while the other fades in, in a straight
-line, so that no seam is left where they disagree a little:
+line, and their weights add up to 1, so that no seam is left where the tiles disagree a little:
 
-    weight 1 |-------.       .-------
-             |        \\   /
-             |         X              (the two always add up to 1)
-             |       /   \\
-           0 |______/_____\\________
+    left tile     1    1    1    1   .8   .6   .4   .2
+    right tile                       .2   .4   .6   .8    1    1    1    1
+
+Tiles do disagree: each has norm statistics of its own, and sees zeros beyond its border. The result is close
+to that of the whole frame, the closer the larger the tiles.
 """
 
 from typing import Callable
