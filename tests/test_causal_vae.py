@@ -300,13 +300,13 @@ def test_an_endless_stream_holds_two_frames_per_convolution():
     vae, states = small_vae('frame'), []
     decoder = vae.decoder.forward
     vae.decoder.forward = lambda z, piece, run: states.append(piece.future) or decoder(z, piece, run)
+    convolutions = sum(isinstance(module, CausalConv3d) for module in vae.decoder.modules())
     with torch.no_grad():
         for _ in vae.decode_stream(torch.randn(1, 2, 1, 4, 4) for _ in range(4)):
-            pass
-    convolutions = sum(isinstance(module, CausalConv3d) for module in vae.decoder.modules())
-    for state in states:
-        assert len(state) == convolutions and all(kept.shape[2] == 2 for kept in state.values())
-        assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in state.values())
+            *used, state = states
+            assert len(state) == convolutions and all(kept.shape[2] == 2 for kept in state.values())
+            assert all(kept.untyped_storage().nbytes() == kept.nbytes for kept in state.values())
+            assert not any(used)                  # freed where they were read
 
 
 # ---- tiles

@@ -216,7 +216,7 @@ class CausalVAE(nn.Module):
 
     def _stream(self, network: nn.Module, parts: Iterable[Tensor], special: bool) -> Iterator[Tensor]:
         """What each convolution saw last goes from one part to the next in `past`, and nowhere else."""
-        past, first = {}, special
+        past, first = None, special
         for part in parts:
             future = {}
             yield network(part, Piece(first, past, future), self._run)

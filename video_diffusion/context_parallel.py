@@ -23,7 +23,7 @@ Layers learn what they must know about their frames from a `Piece` handed down w
 state of streaming: the last frames that each convolution has seen. Modules keep nothing between calls.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ __all__ = ['CausalConv3d', 'GroupNorm', 'Piece', 'gather_frames', 'split_frames'
 class Piece:
     """What a layer must know about the frames it is given: decided once for a clip, then handed down."""
     first: bool = True               # they begin with the clip's special first frame, kept apart in time
-    past: dict = field(default_factory=dict)     # streaming: the frames before these, for each convolution
+    past: dict | None = None         # streaming: frames before these, by convolution; None at the start
     future: dict | None = None       # streaming: where each convolution leaves its last frames for the next
     shares: Shares | None = None     # the frames of the same clip that other processes hold
 
@@ -104,15 +104,18 @@ class CausalConv3d(nn.Conv3d):
 
     def frames_before(self, first: Tensor, last: Tensor, piece: Piece) -> Tensor:
         """The k-1 frames before a piece, given its `first` and `last` frames; remembers the last."""
-        past = piece.past.get(self)
-        if past is None:
+        if piece.past is None:
             past = first.expand(-1, -1, self.borrowed, -1, -1)
+        elif torch.is_grad_enabled():
+            past = piece.past[self]              # asked for again where checkpointing recomputes a block
+        else:
+            past = piece.past.pop(self)          # memory freed at once
         if piece.future is not None:
             piece.future[self] = torch.cat([past, last], dim=2)[:, :, -self.borrowed:].clone()
         return past
 
     def sees_one_image(self, x: Tensor, piece: Piece) -> bool:
-        return x.shape[2] == 1 and self not in piece.past and piece.shares is None
+        return x.shape[2] == 1 and piece.past is None and piece.shares is None
 
     def as_image(self, x: Tensor) -> Tensor:
         """All k frames under the kernel are the same one, so its weights can be summed over time first."""
