@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -73,6 +74,31 @@ def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None) 
     dist.init_process_group('nccl' if place.type == 'cuda' else 'gloo', timeout=timeout)
     cpu_group = dist.new_group(backend='gloo', timeout=timeout)
     return Processes(dist.get_rank(), world_size, place, cpu_group)
+
+
+def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedelta = timedelta(minutes=10),
+                         adjacent: bool = True) -> DeviceMesh:
+    """Processes in a grid: data parallel along one axis, context parallel (one clip's frames) along the other.
+
+    8 processes, frames=2:      frames 0  1
+                          data 0:      0  1      processes 0 and 1 share one clip,
+                               1:      2  3      processes 0, 2, 4, 6 hold the same frames of four clips
+                               2:      4  5
+                               3:      6  7
+
+    `vae.context_parallel(mesh.get_group('frames'))` splits clips; gradients are summed over 'frames'
+    (`frame_shares.sum_gradients`), then averaged over 'data'. Every group has a time-out.
+    `adjacent` puts neighbouring ranks (the devices of one machine, as torchrun counts) on the same clip.
+    """
+    world = dist.get_world_size()
+    if frames < 1 or world % frames:
+        raise ValueError(f'frames={frames}: does not divide the {world} processes')
+    ranks = torch.arange(world)
+    grid = ranks.view(-1, frames) if adjacent else ranks.view(frames, -1).T          # (data, frames)
+    data_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=timeout)
+    frames_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
+    return DeviceMesh.from_group([data_group, frames_group], device_type, mesh=grid,
+                                 mesh_dim_names=('data', 'frames'))
 
 
 def close() -> None:

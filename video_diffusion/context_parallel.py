@@ -1,0 +1,233 @@
+"""Context parallelism: one clip, its frames shared out over several processes, exact in both directions.
+
+A clip too big for one device is cut along time; every process keeps its frames from the first layer to the
+last. Only two things in a causal convolutional network look beyond a process's own frames:
+
+    CausalConv3d   frame t sees t-2, t-1 and t, so each process borrows the last two frames of the one before:
+
+                   process 0          process 1          process 2
+                   f0 f1 f2 f3 f4     f5 f6 f7 f8        f9 f10 f11 f12
+                            '--'---->          '--'---->                    activations, in the forward,
+                            <----'--'          <----'--'                    their gradients, in the backward
+
+    GroupNorm      mean and variance run over all frames of the clip: the processes exchange a mean and a sum
+                   of squared deviations per group of channels and combine them, never the activations.
+
+Both are exact, gradients too: a borrowed frame's gradient travels back to its owner, who adds it to its own.
+What a process computes is therefore one term of the clip's loss: *add up* losses and parameter gradients over
+the group (`sum_gradients`). Per causal convolution of kernel k, each process but the first receives
+b * c * (k - 1) * h * w numbers, in the backward pass likewise; per norm over the clip, each process sends its
+2 * b * groups numbers to every other. Nothing else travels but five integers per clip (`agree_on_shapes`).
+
+Layers learn what they must know about their frames from a `Piece` handed down with them. It also carries the
+state of streaming: the last frames that each convolution has seen. Modules keep nothing between calls.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from video_diffusion.frame_shares import (AllGather, Shares, gather_frames, memory_format, return_to_owners,
+                                          split_frames, start_borrowing, sum_gradients)
+
+__all__ = ['CausalConv3d', 'GroupNorm', 'Piece', 'gather_frames', 'split_frames', 'sum_gradients']
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a layer must know about the frames it is given: decided once for a clip, then handed down."""
+    first: bool = True               # they begin with the clip's special first frame, kept apart in time
+    past: dict | None = None         # streaming: frames before these, by convolution; None at the start
+    future: dict | None = None       # streaming: where each convolution leaves its last frames for the next
+    shares: Shares | None = None     # the frames of the same clip that other processes hold
+
+    def resampled(self, factor: float) -> 'Piece':
+        """The same piece after time was halved (factor 0.5) or doubled (2)."""
+        return self if self.shares is None else replace(self, shares=self.shares.resampled(factor))
+
+
+# ---- the two layers that look beyond their own frames
+
+class CausalConv3d(nn.Conv3d):
+    """Output frame t sees input frames t-k+1 ... t: k-1 frames are put before the clip, zeros around it.
+
+    Those are copies of the clip's first frame, or the frames of another process or of the last chunk where
+    `piece` says that such come before.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
+        pad = kernel_size // 2
+        super().__init__(in_channels, out_channels, kernel_size, padding=(0, pad, pad))
+        self.borrowed = kernel_size - 1
+
+    def forward(self, x: Tensor, piece: Piece = Piece()) -> Tensor:
+        if self.borrowed == 0:
+            return super().forward(x)
+        if piece.shares is not None:
+            return super().forward(PrependBorrowed.apply(x, piece.shares, self.borrowed))
+        past = self.frames_before(x[:, :, :1], x[:, :, -self.borrowed:], piece)     # b c k-1 h w
+        if self.sees_one_image(x, piece):
+            return self.as_image(x)
+        return super().forward(torch.cat([past, x], dim=2))
+
+    @torch.no_grad()
+    def in_steps(self, x: Tensor, prepare, piece: Piece, reuse: bool = False) -> Tensor:
+        """The same as `forward(prepare(0, f))`, a few frames at a time; prepare(start, stop) reads some of x.
+
+        It goes from the last frame to the first. Nobody looks at a frame again once those after it are done,
+        so with `reuse` the output takes the place of x; and what comes before the first frame is needed last,
+        when a message from another process has had time to arrive.
+        """
+        frames, past = x.shape[2], None
+        first, last = prepare(0, 1), prepare(max(0, frames - self.borrowed), frames)
+        if piece.shares is not None:
+            arrival = start_borrowing(first, last, piece.shares, self.borrowed)
+        else:
+            past = self.frames_before(first, last, piece)
+        if self.sees_one_image(x, piece):
+            return self.as_image(first)
+        out = None
+        for start, stop in reversed(steps(x)):
+            inputs = prepare(max(0, start - self.borrowed), stop)
+            if start < self.borrowed:
+                past = arrival() if past is None else past
+                inputs = torch.cat([past[:, :, start:], inputs], dim=2)
+            y = super().forward(inputs)                                           # b c stop-start h w
+            if out is None:
+                fits = y.shape[1] == x.shape[1] and y.dtype == x.dtype
+                out = x if reuse and fits else empty_clip(y, frames)
+            out[:, :, start:stop] = y
+        return out
+
+    def frames_before(self, first: Tensor, last: Tensor, piece: Piece) -> Tensor:
+        """The k-1 frames before a piece, given its `first` and `last` frames; remembers the last."""
+        if piece.past is None:
+            past = first.expand(-1, -1, self.borrowed, -1, -1)
+        elif torch.is_grad_enabled():
+            past = piece.past[self]              # asked for again where checkpointing recomputes a block
+        else:
+            past = piece.past.pop(self)          # memory freed at once
+        if piece.future is not None:
+            piece.future[self] = torch.cat([past, last], dim=2)[:, :, -self.borrowed:].clone()
+        return past
+
+    def sees_one_image(self, x: Tensor, piece: Piece) -> bool:
+        return x.shape[2] == 1 and piece.past is None and piece.shares is None
+
+    def as_image(self, x: Tensor) -> Tensor:
+        """All k frames under the kernel are the same one, so its weights can be summed over time first."""
+        image = F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:])
+        return image.unsqueeze(2)
+
+
+def steps(x: Tensor, first: bool = False) -> list[tuple[int, int]]:
+    """Cuts f frames into (start, stop), few enough for little memory; an even number, and the `first`."""
+    most = 2 ** 21 if x.device.type == 'cpu' else 2 ** 27            # numbers; measured on the CPU only
+    length = max(1, most // (2 * x[:, :, :1].numel())) * 2
+    cuts = [0, *range(length + first, x.shape[2], length), x.shape[2]]
+    return list(zip(cuts, cuts[1:]))
+
+
+def empty_clip(frames_like: Tensor, frames: int) -> Tensor:
+    b, c, _, h, w = frames_like.shape
+    return torch.empty((b, c, frames, h, w), dtype=frames_like.dtype, device=frames_like.device,
+                       memory_format=memory_format(frames_like))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm as `x * scale + shift`; statistics over all frames ('clip') or over each one ('frame')."""
+
+    def __init__(self, groups: int, channels: int, scope: str = 'clip'):
+        super().__init__(groups, channels, eps=1e-6)
+        self.scope = scope
+
+    def forward(self, x: Tensor, piece: Piece = Piece()) -> Tensor:
+        scale, shift = self.scale_and_shift(x, piece)
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    def scale_and_shift(self, x: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        """In float32 or better, (b c 1 1 1) or with scope 'frame' (b c f 1 1)."""
+        mean, deviation = FrameMoments.apply(x, self.num_groups)          # b g f
+        numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
+        if self.scope == 'clip':
+            mean, deviation = combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
+            counts = piece.shares.counts if piece.shares else [x.shape[2]]
+            if piece.shares is not None:
+                mean, deviation = over_the_group(mean, deviation, numbers, piece.shares)
+            numbers *= sum(counts)
+        scale = torch.rsqrt(deviation / numbers + self.eps)
+        width = x.shape[1] // self.num_groups
+        scale, mean = (t.repeat_interleave(width, dim=1) for t in (scale, mean))                  # b c f|1
+        scale = scale * self.weight[:, None]
+        shift = self.bias[:, None] - mean * scale
+        return scale[..., None, None], shift[..., None, None]
+
+
+def combine(mean: Tensor, deviation: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and sums of squared deviations of parts, (b g p), to the whole's, (b g 1) (Chan et al. 1979)."""
+    whole = (mean * (counts / counts.sum())).sum(-1, keepdim=True)
+    return whole, (deviation + counts * (mean - whole) ** 2).sum(-1, keepdim=True)
+
+
+def over_the_group(mean: Tensor, deviation: Tensor, numbers_per_frame: int, shares: Shares):
+    """Statistics of this process's frames, (b g 1), to those of the whole clip."""
+    own = torch.cat([mean, deviation], dim=-1)                                             # b g 2
+    parts = AllGather.apply(own, shares.group, 'group norm statistics')                    # p b g 2
+    mean, deviation = parts.permute(3, 1, 2, 0)                                            # b g p
+    return combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
+
+
+class FrameMoments(torch.autograd.Function):
+    """Mean and sum of squared deviations of every frame's groups of channels: (b c f h w) -> twice (b g f).
+
+    Written by hand because autograd would keep `x - mean`, a copy of the whole feature map, for every norm.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, groups: int):
+        means, deviations = [], []
+        for frame in x.unbind(2):                                                     # b c h w
+            numbers = frame.reshape(x.shape[0], groups, -1).to(statistics_dtype(x))     # b g n
+            mean = numbers.mean(-1, keepdim=True)
+            means.append(mean)
+            deviations.append((numbers - mean).square_().sum(-1, keepdim=True))
+        mean, deviation = torch.cat(means, dim=-1), torch.cat(deviations, dim=-1)
+        ctx.save_for_backward(x, mean)
+        return mean, deviation
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_deviation: Tensor):
+        x, mean = ctx.saved_tensors
+        groups = x.unflatten(1, (mean.shape[1], -1))                                  # b g c f h w
+        slope = 2. * grad_deviation
+        offset = grad_mean / groups[0, 0, :, 0].numel() - slope * mean
+        slope, offset = (t[:, :, None, :, None, None] for t in (slope, offset))
+        return torch.addcmul(offset, groups, slope).flatten(1, 2).to(x.dtype), None
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class PrependBorrowed(torch.autograd.Function):
+    """(b c f h w) -> (b c k-1+f h w): the frames before come from the processes that own them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, shares: Shares, borrowed: int):
+        ctx.shares, ctx.borrowed = shares, borrowed
+        past = start_borrowing(x[:, :, :1], x[:, :, -borrowed:], shares, borrowed)()
+        return torch.cat([past, x], dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        shares, borrowed = ctx.shares, ctx.borrowed
+        grad_past, grad_x = grad[:, :, :borrowed], grad[:, :, borrowed:].clone()
+        if shares.rank == 0:                               # before it stand copies of its own first frame
+            grad_x[:, :, :1] += grad_past.sum(dim=2, keepdim=True)
+        return_to_owners(grad_past, grad_x, shares, borrowed)
+        return grad_x, None, None

@@ -1,0 +1,167 @@
+"""Read the causal VAE's weights from other projects: diffusers' folders and CogVideoX's own `3d-vae.pt`.
+
+    vae = causal_vae_from_diffusers('CogVideoX-2b/vae')         # config.json and *.safetensors
+    vae = causal_vae_from_sat('3d-vae.pt')                      # {'state_dict': ...}
+    causal_vae_to_diffusers(vae, 'my-vae')                      # for AutoencoderKLCogVideoX.from_pretrained
+
+The networks are the same, only the names differ; the two tables below are the whole translation. Files are
+read with `weights_only=True` or as safetensors (`pip install safetensors`), so nothing in them is executed.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from video_diffusion.causal_vae import CausalVAE
+
+# Applied in this order to our name of a parameter; the first line is true of both projects.
+SHARED = [
+    (r'decoder\.(.*norm\w*)\.(weight|bias)$', r'decoder.\1.norm_layer.\2'),
+    (r'\.gain\.', '.conv_y.conv.'),
+    (r'\.offset\.', '.conv_b.conv.'),
+    (r'\.(conv1|conv2|conv_in|conv_out)\.', r'.\1.conv.'),
+]
+TO_DIFFUSERS = SHARED + [
+    (r'encoder\.levels\.(\d+)\.resample', r'encoder.down_blocks.\1.downsamplers.0'),
+    (r'decoder\.levels\.(\d+)\.resample', r'decoder.up_blocks.\1.upsamplers.0'),
+    (r'encoder\.levels\.(\d+)\.blocks', r'encoder.down_blocks.\1.resnets'),
+    (r'decoder\.levels\.(\d+)\.blocks', r'decoder.up_blocks.\1.resnets'),
+    (r'middle\.blocks', 'mid_block.resnets'),
+    (r'\.shortcut\.', '.conv_shortcut.'),
+]
+TO_SAT = SHARED + [
+    (r'encoder\.levels\.(\d+)\.resample', r'encoder.down.\1.downsample'),
+    (r'decoder\.levels\.(\d+)\.resample', r'decoder.up.\1.upsample'),
+    (r'encoder\.levels\.(\d+)\.blocks', r'encoder.down.\1.block'),
+    (r'decoder\.levels\.(\d+)\.blocks', r'decoder.up.\1.block'),
+    (r'middle\.blocks\.0', 'mid.block_1'),
+    (r'middle\.blocks\.1', 'mid.block_2'),
+    (r'\.shortcut\.', '.nin_shortcut.'),
+]
+
+# What diffusers' configuration may ask for and this network has in one form only.
+FIXED = {'act_fn': 'silu', 'norm_eps': 1e-6, 'use_quant_conv': False, 'use_post_quant_conv': False}
+
+
+def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
+    """A folder, or one file in it, as written by `AutoencoderKLCogVideoX.save_pretrained`, sharded or not."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / 'config.json').is_file():
+        raise FileNotFoundError(f'{folder} holds no config.json: give the folder that save_pretrained wrote')
+    config = json.loads((folder / 'config.json').read_text())
+    refuse_other_networks(config, folder)
+    channels = config['block_out_channels']
+    vae = CausalVAE(
+        in_channels=config['in_channels'], out_channels=config['out_channels'],
+        latent_channels=config['latent_channels'], norm_groups=config['norm_num_groups'],
+        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels),
+        blocks_per_level=config['layers_per_block'],
+        time_compression=int(config['temporal_compression_ratio']))
+    return load_renamed(vae, read_safetensors(path), diffusers_name, path)
+
+
+def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426):
+    """Writes config.json and the weights; `scaling_factor` is noted there for the diffusion model."""
+    from safetensors.torch import save_file
+    config = vae.config
+    if config['dim_mults'][0] != 1 or config['norm_scope'] != 'clip':
+        raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
+                         "network has the form dim_mults=(1, ...), norm_scope='clip' only")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
+    state = {diffusers_name(name, vae): value.cpu().contiguous() for name, value in vae.state_dict().items()}
+    save_file(state, folder / 'diffusion_pytorch_model.safetensors', metadata={'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps({
+        '_class_name': 'AutoencoderKLCogVideoX', **FIXED,
+        'in_channels': config['in_channels'], 'out_channels': config['out_channels'],
+        'latent_channels': config['latent_channels'], 'block_out_channels': channels,
+        'down_block_types': ['CogVideoXDownBlock3D'] * len(channels),
+        'up_block_types': ['CogVideoXUpBlock3D'] * len(channels),
+        'layers_per_block': config['blocks_per_level'], 'norm_num_groups': config['norm_groups'],
+        'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor,
+    }, indent=2) + '\n')
+
+
+def causal_vae_from_sat(path: str | Path, time_compression: int = 4) -> CausalVAE:
+    """CogVideoX's `3d-vae.pt`. Its configuration is read off the shapes, all but `time_compression`."""
+    saved = torch.load(path, map_location='cpu', weights_only=True)
+    if 'state_dict' not in saved:
+        raise ValueError(f"{path} holds no 'state_dict': expected a checkpoint like CogVideoX's 3d-vae.pt")
+    state = {name: value for name, value in saved['state_dict'].items() if not name.startswith('loss.')}
+    try:
+        vae = CausalVAE(**sat_config(state), time_compression=time_compression)
+    except KeyError as error:
+        raise ValueError(f"{path} is not a causal VAE of CogVideoX: it has no {error}") from None
+    return load_renamed(vae, state, sat_name, path)
+
+
+def sat_config(state: dict[str, Tensor]) -> dict:
+    def count(pattern):
+        return len({match[0] for name in state if (match := re.match(pattern, name))})
+    dim, in_channels = state['encoder.conv_in.conv.weight'].shape[:2]
+    levels = count(r'encoder\.down\.\d+\.')
+    channels = [state[f'encoder.down.{i}.block.0.conv1.conv.weight'].shape[0] for i in range(levels)]
+    return dict(
+        in_channels=in_channels, out_channels=state['decoder.conv_out.conv.weight'].shape[0],
+        latent_channels=state['decoder.conv_in.conv.weight'].shape[1], dim=dim,
+        dim_mults=tuple(c / dim for c in channels), blocks_per_level=count(r'encoder\.down\.0\.block\.\d+\.'))
+
+
+def diffusers_name(name: str, _vae: CausalVAE) -> str:
+    return renamed(name, TO_DIFFUSERS)
+
+
+def sat_name(name: str, vae: CausalVAE) -> str:
+    """Its decoder counts levels from the finest, ours in the order in which they run."""
+    last = len(vae.decoder.levels) - 1
+    name = re.sub(r'decoder\.levels\.(\d+)', lambda match: f'decoder.levels.{last - int(match[1])}', name)
+    return renamed(name, TO_SAT)
+
+
+def renamed(name: str, table: list[tuple[str, str]]) -> str:
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def load_renamed(vae: CausalVAE, state: dict[str, Tensor], their_name, path: Path) -> CausalVAE:
+    """Strict: every parameter is filled, every tensor of the file used, or an error lists what is wrong."""
+    ours = vae.state_dict()
+    names = {their_name(name, vae): name for name in ours}
+    wrong = [f'missing: {theirs}' for theirs in names if theirs not in state]
+    wrong += [f'not expected: {theirs}' for theirs in state if theirs not in names]
+    both = [(theirs, name) for theirs, name in names.items() if theirs in state]
+    pairs = [(theirs, state[theirs].shape, ours[name].shape) for theirs, name in both]
+    wrong += [f'{theirs} has shape {tuple(a)}, expected {tuple(b)}' for theirs, a, b in pairs if a != b]
+    if wrong:
+        raise ValueError(f'{path} does not fit the causal VAE:\n  ' + '\n  '.join(wrong))
+    vae.load_state_dict({name: state[theirs] for theirs, name in names.items()})
+    return vae
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+    files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
+    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
+    if index:                                            # sharded: the index says which files belong together
+        names = set(json.loads(index[0].read_text())['weight_map'].values())
+        files = [path / name for name in sorted(names)]
+    if len(files) == 0 or (len(files) > 1 and not index):
+        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
+                                'give the path of one file')
+    state = {}
+    for file in files:
+        state |= load_file(file)
+    return state
+
+
+def refuse_other_networks(config: dict, folder: Path):
+    other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
+    if config.get('_class_name') != 'AutoencoderKLCogVideoX' or other:
+        raise ValueError(f"{folder}/config.json describes {config.get('_class_name')} with {other}: "
+                         f'only AutoencoderKLCogVideoX with {FIXED} can be read')
