@@ -23,13 +23,16 @@ DEFAULTS = {
     #                    CPU         GPU
     'image_size':       (16,         32),       # of the toy world; your clips keep their size up to max_size
     'num_frames':       (8,          8),        # of the toy world; your clips their length up to max_frames
-    'dim':              (32,         64),
-    'dim_mults':        ((1, 2, 4),  (1, 2, 4)),
-    'batch_size':       (16,         64),
-    'steps':            (600,        6000),
-    'sample_every':     (150,        1000),
     'max_size':         (32,         64),
     'max_frames':       (8,          16),
+    'dim':              (16,         64),       # a thin first level: on a CPU the full resolution costs the most
+    'dim_mults':        ((1, 4, 8),  (1, 2, 4)),
+    'attn_dim_head':    (8,          32),
+    'linear_attention': (False,      True),
+    'batch_size':       (8,          64),
+    'lr':               (2e-3,       5e-4),
+    'steps':            (1600,       10000),
+    'sample_every':     (400,        1000),
 }
 
 
@@ -47,7 +50,7 @@ def flags(argv=None) -> argparse.Namespace:
     add('--steps', type=int, help=f'optimiser steps {default("steps")}')
     add('--batch-size', type=int, help=f'clips per forward pass of each process {default("batch_size")}')
     add('--accumulate', type=int, default=1, help='forward passes per step (default: 1)')
-    add('--lr', type=float, default=1e-3, help='learning rate, reached after --warmup steps (default: 0.001)')
+    add('--lr', type=float, help=f'learning rate, reached after --warmup steps {default("lr")}')
     add('--warmup', type=int, default=50, help='steps of warm-up, before a cosine decay to zero (default: 50)')
     add('--image-size', type=int, nargs='+', metavar='N', help='side, or height and width (default: as the clips, but '
         f'at most {DEFAULTS["max_size"][0]} on a CPU and {DEFAULTS["max_size"][1]} on a GPU; toy world {default("image_size")})')
@@ -56,6 +59,9 @@ def flags(argv=None) -> argparse.Namespace:
     add('--channels', type=int, default=3, help='1 grey, 3 RGB, 4 RGBA (default: 3)')
     add('--dim', type=int, help=f'width of the network {default("dim")}')
     add('--dim-mults', type=int, nargs='+', metavar='M', help=f'width of each level {default("dim_mults")}')
+    add('--attn-dim-head', type=int, help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
+    add('--linear-attention', action=argparse.BooleanOptionalAction,
+        help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
     add('--unconditional', action='store_true', help='do not use the captions')
     add('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
@@ -105,6 +111,8 @@ def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
         if getattr(args, name, None) is None and not depends_on_clips:
             setattr(args, name, values[on_gpu])
     if isinstance(args.image_size, list):
+        if len(args.image_size) > 2:
+            raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: give one number, or height and width')
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
 
 
@@ -113,7 +121,8 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
     frames, height, width = clip_size(args, folder)
     captioned = not args.unconditional and read_captions(find_clips(folder)) is not None
     encoder = WordEncoder() if captioned else None
-    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels, attn_heads=4,
+    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels,
+                  attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
                   cond_dim=encoder.dim if encoder else None)
     diffusion = GaussianDiffusion(
         unet, image_size=(height, width), num_frames=frames, channels=args.channels, timesteps=args.timesteps,

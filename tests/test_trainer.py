@@ -39,6 +39,13 @@ def make_trainer(clips, results, *, captions=True, **kwargs):
     return Trainer(diffusion, clips, results_folder=results, **{**settings, **kwargs})
 
 
+def soften(trainer):
+    """Adam divides a gradient by its own size, and so makes a full step of what is only rounding (the gradient of a bias
+    before a norm is zero). To compare two ways of summing a gradient, let small ones stay small."""
+    trainer.optimizer.param_groups[0]['eps'] = 1e-3
+    return trainer
+
+
 def read_log(results):
     with open(results / 'log.csv') as file:
         return [(row['step'], row['loss'], row['lr']) for row in csv.DictReader(file)]
@@ -113,8 +120,8 @@ def test_every_setting_of_the_public_package_is_understood(clips, tmp_path):
 
 
 def test_gradient_accumulation_is_one_larger_batch(clips, tmp_path):
-    one = make_trainer(clips, tmp_path / 'a', train_batch_size=4, gradient_accumulate_every=1)
-    two = make_trainer(clips, tmp_path / 'b', train_batch_size=2, gradient_accumulate_every=2)
+    one = soften(make_trainer(clips, tmp_path / 'a', train_batch_size=4, gradient_accumulate_every=1))
+    two = soften(make_trainer(clips, tmp_path / 'b', train_batch_size=2, gradient_accumulate_every=2))
     noise = torch.randn(4, 3, 2, 16, 16)
     for trainer in (one, two):  # the same noise however the batch is cut
         size = trainer.batch_size
@@ -143,7 +150,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
 
     first = make_trainer(clips, tmp_path / 'parts', **kwargs)
     def interrupt(log):
-        if log['step'] >= stop:
+        if log['step'] == stop and 'loss' in log:
             os.kill(os.getpid(), signal.SIGTERM)
     first.log_every = 1
     first.train(prob_focus_present=0.3, log_fn=interrupt)
@@ -190,7 +197,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(clips, tmp_pa
         while process.stdout.readline() not in ('ready\n', ''):
             pass
         try:
-            process.wait(timeout=rng.uniform(0.1, 0.6) * duration if kills < 2 else 120)
+            process.wait(timeout=rng.uniform(0.05, 0.35) * duration if kills < 2 else 120)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -216,7 +223,7 @@ def test_loading_refuses_a_checkpoint_of_another_model(clips, tmp_path):
 def test_a_signal_saves_and_ends_cleanly(clips, tmp_path, number):
     before = signal.getsignal(number)
     trainer = make_trainer(clips, tmp_path, train_num_steps=1000, save_and_sample_every=1000, log_every=1)
-    trainer.train(log_fn=lambda log: os.kill(os.getpid(), number))
+    trainer.train(log_fn=lambda log: log['step'] == 2 and os.kill(os.getpid(), number))
     assert 0 < trainer.step < 10
     assert checkpoint.load(tmp_path / 'model-1.pt')['step'] == trainer.step
     assert signal.getsignal(number) == before
@@ -232,17 +239,17 @@ def test_a_second_signal_stops_at_once():
             time.sleep(1)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(clips, tmp_path):
-    trainer = make_trainer(clips, tmp_path, train_num_steps=9, log_every=10)
+@pytest.mark.parametrize('poisoned, complaint, last_good', [(4, 'loss of step 5 is nan', 3), (3, 'weights .* step 3', None)])
+def test_what_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(clips, tmp_path, poisoned, complaint, last_good):
+    trainer = make_trainer(clips, tmp_path, train_num_steps=9, log_every=1)
     def poison(log):
-        if log['step'] == 3:
+        if log['step'] == poisoned and 'loss' in log:
             with torch.no_grad():
                 next(trainer.diffusion.parameters()).fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match='loss of step 4 is nan'):
+    with pytest.raises(FloatingPointError, match=complaint):
         trainer.train(log_fn=poison)
-    state = checkpoint.load(checkpoint.newest(tmp_path))
-    assert state['step'] == 3
-    assert all(w.isfinite().all() for w in state['model'].values())
+    saved = [checkpoint.load(path)['step'] for path in checkpoint.milestones(tmp_path).values()]
+    assert saved == ([last_good] if last_good else [])
 
 
 # Checkpoints
@@ -301,10 +308,10 @@ import sys; sys.path[:0] = [{here!r}, {root!r}]
 from datetime import timedelta
 from pathlib import Path
 import torch; torch.set_num_threads(1)
-from test_trainer import make_trainer
+from test_trainer import make_trainer, soften
 from video_diffusion import distributed
 processes = distributed.init(timeout=timedelta(seconds=60), device='cpu')
-trainer = make_trainer({clips!r}, Path({results!r}), train_batch_size={batch}, processes=processes, max_grad_norm=1.)
+trainer = soften(make_trainer({clips!r}, Path({results!r}), train_batch_size={batch}, processes=processes, max_grad_norm=1.))
 trainer.train(prob_focus_present=0.5)
 distributed.close()
 """

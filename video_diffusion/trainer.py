@@ -266,6 +266,10 @@ class Trainer:
     # Checkpoints
 
     def save(self, milestone: int) -> None:
+        # The loss of this step may be fine and the weights that its gradient led to may not be.
+        if not all(weight.isfinite().all() for weight in self.diffusion.parameters()):
+            raise FloatingPointError(f'some weights are not finite after step {self.step}: the run stops here and earlier '
+                                     'checkpoints are untouched. Try a lower train_lr, or max_grad_norm=1.')
         if self.processes.is_main:
             self.results_folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save(self.state_dict(), self.results_folder / f'model-{milestone}.pt')
