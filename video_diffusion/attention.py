@@ -21,8 +21,10 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from einops_exts import rearrange_many
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, the only one in the library: q, k, v (..., heads, n, d), bias added to the logits.
@@ -136,8 +138,8 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
         residual = x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), 'bf n (three heads d) -> three bf heads n d',
-                            three=3, heads=self.heads)
+        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = rearrange_many(qkv, 'bf n (heads d) -> bf heads n d', heads=self.heads)
         x = residual + self.to_out(rearrange(attend(q, k, v), 'bf heads n d -> bf n (heads d)'))
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
 
@@ -160,10 +162,11 @@ class SpatialLinearAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
         residual = x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        q, k, v = rearrange(self.to_qkv(self.norm(x)), 'bf n (three heads d) -> three bf heads n d',
-                            three=3, heads=self.heads)
+        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = rearrange_many(qkv, 'bf n (heads d) -> bf heads n d', heads=self.heads)
         q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
         k = k.softmax(dim=-2)
-        context = k.transpose(-1, -2) @ v  # bf heads d d
-        x = residual + self.to_out(rearrange(q @ context, 'bf heads n d -> bf n (heads d)'))
+        context = k.transpose(-1, -2) @ v                                       # bf heads d d
+        out = rearrange(q @ context, 'bf heads n d -> bf n (heads d)')
+        x = residual + self.to_out(out)
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)

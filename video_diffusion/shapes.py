@@ -102,7 +102,9 @@ def draw_clip(
     draw = random.Random(f'motion {seed}')
     radius, speed = draw.uniform(*RADIUS), draw.uniform(*SPEED)
     across = draw.uniform(radius, 1 - radius)                       # where it stays on the other axis
-    ahead = draw.uniform(2 * speed, 1 - 2 * radius)                 # way to the wall: two steps at least
+    # The way to the wall. The caption names the first movement, so most of the clip goes that way if it can.
+    room = 1 - 2 * radius
+    ahead = draw.uniform(min(room, max(2., 0.6 * (num_frames - 1)) * speed), room)
     step_x, step_y = DIRECTIONS[direction]
 
     travelled = ahead - speed * torch.arange(num_frames)            # below 0: mirrored at the wall ahead
