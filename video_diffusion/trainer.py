@@ -189,7 +189,8 @@ class Trainer:
         # Steps spread evenly over the clips, from a random start: the loss depends on t more than on anything
         # else, and so varies less from batch to batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
         t = (torch.rand(1, **where) + torch.arange(clips, device=self.device) / clips) % 1
-        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows], noise=torch.randn((clips, *shape[1:]), **where)[rows])
+        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows],
+                     noise=self.diffusion.draw_noise((clips, *shape[1:]), **where)[rows])
         if self.use_captions:
             draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
         if 0 < prob_focus_present < 1:
@@ -294,7 +295,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        if state['config'] != self.diffusion.config():
+        if not self.diffusion.has_config(state['config']):
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.diffusion.config()}')
         self.diffusion.load_state_dict(state['model'])
