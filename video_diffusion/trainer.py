@@ -16,6 +16,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -189,9 +190,12 @@ class Trainer:
         # Steps spread evenly over the clips, from a random start: the loss depends on t more than on anything
         # else, and so varies less from batch to batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
         t = (torch.rand(1, **where) + torch.arange(clips, device=self.device) / clips) % 1
-        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows], noise=torch.randn((clips, *shape[1:]), **where)[rows])
+        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows],
+                     noise=self.diffusion.draw_noise((clips, *shape[1:]), **where)[rows])
         if self.use_captions:
             draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
+        if self.diffusion.prob_cond_frames:
+            draws['known_mask'] = self.diffusion.draw_known(clips, **where)[rows]
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
@@ -294,7 +298,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        if state['config'] != self.diffusion.config():
+        if not self.diffusion.has_config(state['config']):
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.diffusion.config()}')
         self.diffusion.load_state_dict(state['model'])
@@ -306,13 +310,14 @@ class Trainer:
 
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
-    processes: Processes, **sampling,
+    processes: Processes, num_frames: int | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
+    draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
     parts = {}  # number of a batch -> videos. Its number goes into its seed, so that who draws it does not matter.
     for number in range(processes.rank, math.ceil(count / batch_size), processes.world_size):
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
-        parts[number] = diffusion.sample(
+        parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
             progress=processes.is_main, **sampling).cpu()
     parts = processes.gather(parts)

@@ -30,6 +30,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention
+from .guidance import guide
 
 BERT_DIM = 768
 
@@ -256,11 +257,13 @@ class Unet3D(nn.Module):
         conditional one. Scale 1 is the plain conditional forward, 0 the unconditional one."""
         frames = dict(focus_present_mask=focus_present_mask, prob_focus_present=prob_focus_present,
                       known=known, known_mask=known_mask)
+        if cond_scale == 0 and self.has_cond:
+            return self(x, time, cond, null_cond_prob=1., **frames)
         with_cond = self(x, time, cond, **frames)
         if cond_scale == 1 or not self.has_cond:
             return with_cond
         without = self(x, time, cond, null_cond_prob=1., **frames)
-        return without + (with_cond - without) * cond_scale
+        return guide(with_cond, without, cond_scale)
 
     def temporal_bias(
         self, batch: int, frames: int, mask: Tensor | None, prob: float,
