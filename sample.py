@@ -2,6 +2,7 @@
 """Draw videos from a trained model.
 
     python sample.py results/ --prompt "a red circle moving left" --count 4
+    python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
 
@@ -14,6 +15,7 @@ import re
 from pathlib import Path
 
 from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
+from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
 from video_diffusion.trainer import sample_many
 
@@ -26,7 +28,12 @@ def flags(argv=None) -> argparse.Namespace:
     add('--prompts-file', help='a text file with one prompt per line')
     add('--count', type=int, help='videos per prompt (default: 1), or in all where there are no prompts (default: 4)')
     add('--cond-scale', type=float, help='guidance towards the prompt, 1 is none (default: as in training)')
-    add('--sampler', choices=('ddpm', 'ddim'), help='(default: as in training)')
+    add('--negative', metavar='TEXT', help='what not to draw: guide away from this (default: from no prompt at all)')
+    add('--guidance-rescale', type=float, metavar='SHARE', help='0 to 1: take back so much of the contrast that a large '
+        '--cond-scale adds (default: 0)')
+    add('--dynamic-guidance', type=float, metavar='EXPONENT', help='let guidance grow from 1 to 1 + --cond-scale, the later '
+        'the larger the exponent, 5 in CogVideoX (default: the same at every step)')
+    add('--sampler', choices=tuple(SAMPLERS), help='(default: as in training)')
     add('--steps', type=int, help='sampling steps (default: as in training)')
     add('--seed', type=int, default=0, help='(default: 0)')
     add('--out', default='samples', help='folder for the GIFs (default: samples)')
@@ -44,7 +51,8 @@ def main() -> None:
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
 
-    given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps)
+    given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps, negative=args.negative,
+                 guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance)
     sampling = {**state['sampling'], **{name: value for name, value in given.items() if value is not None}}
     videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes,
                          **sampling)

@@ -15,6 +15,8 @@ from pathlib import Path
 from video_diffusion import (
     GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, distributed, lr_schedule, shapes, video_tensor_to_gif)
 from video_diffusion.dataset import clip_shape, find_clips, read_captions
+from video_diffusion.noise_schedule import SCHEDULES
+from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
 from video_diffusion.trainer import sample_many
 
@@ -66,6 +68,11 @@ def flags(argv=None) -> argparse.Namespace:
     add('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
     add('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
+    add('--schedule', default='cosine', choices=tuple(SCHEDULES), help='how the noise grows (default: cosine)')
+    add('--schedule-shift', type=float, default=1., help='above 1: more noise at every step (default: 1)')
+    add('--zero-snr', action='store_true', help='let the last step be pure noise (not with --objective noise)')
+    add('--min-snr', type=float, metavar='GAMMA', help='weigh steps by min(snr, GAMMA), 5 is usual (default: all alike)')
+    add('--offset-noise', type=float, default=0., help='share of noise that is one value per clip and channel (default: 0)')
     add('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
     add('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
@@ -75,7 +82,8 @@ def flags(argv=None) -> argparse.Namespace:
     add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
     add('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
-    add('--sample-steps', type=int, default=25, help='steps of the DDIM sampler (default: 25)')
+    add('--sampler', default='ddim', choices=tuple(SAMPLERS), help='of the samples (default: ddim)')
+    add('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
     add('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
     add('--seed', type=int, default=0, help='(default: 0)')
@@ -126,7 +134,8 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
                   cond_dim=encoder.dim if encoder else None)
     diffusion = GaussianDiffusion(
         unet, image_size=(height, width), num_frames=frames, channels=args.channels, timesteps=args.timesteps,
-        loss_type=args.loss, objective=args.objective, text_encoder=encoder)
+        loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
+        schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise)
     if processes.is_main:
         weights = sum(p.numel() for p in diffusion.parameters())
         print(f'{frames} frames of {height}x{width}, {weights / 1e6:.1f} million weights, on {processes.device}')
@@ -137,7 +146,7 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale, sampler='ddim', sample_steps=args.sample_steps, seed=args.seed, processes=processes)
+        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, processes=processes)
 
 
 def draw_toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Path:

@@ -84,12 +84,29 @@ def test_prompts_from_a_file_and_the_same_seed(run, clips):
     assert Path('a/all.gif').read_bytes() == Path('b/all.gif').read_bytes()
 
 
+def test_schedules_samplers_and_guidance_by_flags(run, clips):
+    code, _, _ = run('train.py', clips, *SMALL, '--schedule', 'scaled_linear', '--schedule-shift', 3, '--zero-snr', '--min-snr', 5,
+                     '--offset-noise', 0.1, '--sampler', 'dpm++2m_sde')
+    state = checkpoint.load(checkpoint.newest('results'))
+    assert code == 0 and state['sampling']['sampler'] == 'dpm++2m_sde'
+    assert state['config']['diffusion'].items() >= dict(
+        schedule='scaled_linear', schedule_shift=3., zero_snr=True, min_snr_gamma=5., offset_noise=0.1).items()
+    common = ['results', '--prompt', 'a red circle', '--device', 'cpu', '--sampler', 'dpm++2m', '--steps', 3]
+    pictures = []
+    for more in ([], ['--negative', 'a blue square'], ['--guidance-rescale', 0.7], ['--dynamic-guidance', 5]):
+        code, _, err = run('sample.py', *common, *more, '--cond-scale', 20, '--out', 'samples')
+        assert code == 0, err
+        pictures.append(Path('samples/all.gif').read_bytes())
+    assert len(set(pictures)) == 4
+
+
 @pytest.mark.parametrize('args, sentence', [
     (['nowhere'], 'there is no folder nowhere'),
     (['empty'], 'no clip in empty: looked for files ending in .gif'),
     (['CLIPS', '--image-size', '7'], 'multiples of 2'),
     (['CLIPS', '--image-size', '8', '8', '8'], 'image-size'),
     (['CLIPS', '--batch-size', '0'], 'train_batch_size=0'),
+    (['CLIPS', '--zero-snr', '--objective', 'noise'], "Give objective='v' or 'x0'"),
     (['CLIPS', '--resume'], 'there is no checkpoint in results'),
 ])
 def test_train_errors_are_one_line_and_exit_2(run, clips, args, sentence):
@@ -114,6 +131,7 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
         (['free', '--prompt', 'x'], 'trained without captions'),
         (['free', '--count', '0'], '--count 0'),
         (['free', '--steps', '21'], 'steps=21'),
+        (['free', '--negative', 'x'], 'need guidance'),
         (['results', '--prompts-file', 'none.txt'], 'none.txt'),
     ]:
         code, _, err = run('sample.py', *args, '--device', 'cpu')
@@ -129,7 +147,7 @@ def test_help_says_every_default():
         for option in options:
             named = option.split()[0]
             is_switch = named.lstrip('-') in {
-                'resume', 'unconditional', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file'}
+                'resume', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file'}
             assert is_switch or '(default' in ' '.join(option.split()), named
 
 

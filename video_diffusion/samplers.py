@@ -150,7 +150,7 @@ def kept_step(
 ) -> Tensor:
     """Mix x0 anew with the noise that was in x; `eta` of that noise is fresh."""
     noise = to_noise(x0, x, here.sqrt().item(), (1 - here).sqrt().item())
-    fresh = eta ** 2 * posterior(here, after)[2].item()  # variance of the fresh noise
+    fresh = eta ** 2 * posterior(here, after)[2].item() if eta else 0.  # variance of the fresh noise
     after = after.item()
     x = after ** 0.5 * x0 + max(1 - after - fresh, 0) ** 0.5 * noise
     return x + fresh ** 0.5 * randn_like(x, generator) if fresh > 0 else x
