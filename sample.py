@@ -4,6 +4,7 @@
     python sample.py results/ --prompt "a red circle moving left" --count 4
     python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
+    python sample.py results/ --prompt "a red circle moving left" --first-frames clip.gif --frames 32
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
 
 Everything about the model is read from the checkpoint; the averaged (EMA) weights are used. Writes one GIF per
@@ -14,7 +15,12 @@ import argparse
 import re
 from pathlib import Path
 
+from torch import Tensor
+
 from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
+from video_diffusion.dataset import resize_and_crop
+from video_diffusion.gif import read_frames
+from video_diffusion.known_frames import WAYS
 from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
 from video_diffusion.trainer import sample_many
@@ -35,6 +41,15 @@ def flags(argv=None) -> argparse.Namespace:
         'the larger the exponent, 5 in CogVideoX (default: the same at every step)')
     add('--sampler', choices=tuple(SAMPLERS), help='(default: as in training)')
     add('--steps', type=int, help='sampling steps (default: as in training)')
+    add('--first-frames', '--image', metavar='FILE', help='a GIF or an image with which every video begins (default: none)')
+    add('--known', type=int, metavar='N', help='so many frames of that file, its last ones (default: half as many as the '
+        'model draws, or all there are)')
+    add('--known-by', choices=WAYS, help='how the other frames are made to fit (default: network if it has been trained '
+        'for that, else guide)')
+    add('--frames', type=int, help='length of the videos, if longer than the clips of the '
+        'training: drawn piece by piece (default: as those)')
+    add('--later-cond-scale', type=float, help='--cond-scale after the first piece; 0 where prompts only say how a video '
+        'begins (default: as --cond-scale)')
     add('--seed', type=int, default=0, help='(default: 0)')
     add('--out', default='samples', help='folder for the GIFs (default: samples)')
     add('--batch-size', type=int, default=16, help='videos drawn at once (default: 16)')
@@ -51,8 +66,12 @@ def main() -> None:
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
 
+    if args.later_cond_scale is not None and args.frames is None:
+        raise ValueError('--later-cond-scale is for videos that are drawn piece by piece: give --frames too')
     given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps, negative=args.negative,
-                 guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance)
+                 guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance, known_by=args.known_by,
+                 first_frames=read_first_frames(args, diffusion), num_frames=args.frames,
+                 later_cond_scale=args.later_cond_scale)
     sampling = {**state['sampling'], **{name: value for name, value in given.items() if value is not None}}
     videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes,
                          **sampling)
@@ -74,6 +93,21 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     if not wanted and prompts:
         raise ValueError('this model was trained without captions: it draws what it likes, leave the prompts out')
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
+
+
+def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion) -> Tensor | None:
+    """The last frames of a file (1 c k h w), as the model sees clips: those that the videos begin with."""
+    if args.first_frames is None:
+        if args.known is not None or args.known_by is not None:
+            raise ValueError('--known and --known-by say what to do with --first-frames: give that too')
+        return None
+    clip = resize_and_crop(read_frames(args.first_frames, diffusion.channels), (diffusion.height, diffusion.width))
+    most = min(clip.shape[1], diffusion.num_frames - 1)
+    known = min(most, max(1, diffusion.num_frames // 2)) if args.known is None else args.known
+    if not 1 <= known <= most:
+        raise ValueError(f'--known {known}: {args.first_frames} has {clip.shape[1]} frames and the model draws '
+                         f'{diffusion.num_frames}, so give 1 to {most}')
+    return clip[None, :, -known:].float().to(diffusion.alpha.device) / 255
 
 
 def write(videos, prompts: list[str] | None, folder: Path) -> None:

@@ -74,6 +74,8 @@ def flags(argv=None) -> argparse.Namespace:
     add('--min-snr', type=float, metavar='GAMMA', help='weigh steps by min(snr, GAMMA), 5 is usual (default: all alike)')
     add('--offset-noise', type=float, default=0., help='share of noise that is one value per clip and channel (default: 0)')
     add('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
+    add('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told the '
+        'first frames, or the first and the last, so that it learns to continue clips (default: 0)')
     add('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
     add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
@@ -131,11 +133,12 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
-                  cond_dim=encoder.dim if encoder else None)
+                  cond_dim=encoder.dim if encoder else None, cond_frames=args.known_frames > 0)
     diffusion = GaussianDiffusion(
         unet, image_size=(height, width), num_frames=frames, channels=args.channels, timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
-        schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise)
+        schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
+        prob_cond_frames=args.known_frames)
     if processes.is_main:
         weights = sum(p.numel() for p in diffusion.parameters())
         print(f'{frames} frames of {height}x{width}, {weights / 1e6:.1f} million weights, on {processes.device}')

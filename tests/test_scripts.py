@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from video_diffusion import checkpoint, gif_to_tensor, shapes
 
@@ -72,6 +73,28 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
 def test_sizes_fit_the_network(run, clips):
     code, out, _ = run('train.py', clips, *SMALL, '--dim-mults', 1, 1, 1, 1)  # frames must be multiples of 8
     assert code == 0 and '3 frames of 16x16' in out
+
+
+def test_videos_that_go_on_from_a_clip(run, clips):
+    code, out, _ = run('train.py', clips, *SMALL, '--known-frames', 0.5)
+    assert code == 0
+    first = sorted(clips.glob('*.gif'))[0]
+    begins = ('sample.py', 'results', '--prompt', 'a red circle moving left', '--device', 'cpu')
+    code, out, _ = run(*begins, '--first-frames', first, '--known', 2, '--frames', 7, '--later-cond-scale', 0)
+    assert code == 0
+    drawn, given = gif_to_tensor('samples/000-a-red-circle-moving-left.gif'), gif_to_tensor(first)
+    assert drawn.shape == (3, 7, 20, 20)
+    assert (drawn[:, :2] - given[:, -2:]).abs().mean() < 0.02                    # up to the colours of a palette
+    Image.new('RGB', (30, 24), (0, 200, 90)).save('start.png')
+    code, out, _ = run(*begins, '--image', 'start.png', '--known-by', 'guide', '--out', 'green')
+    drawn = gif_to_tensor('green/000-a-red-circle-moving-left.gif')
+    assert code == 0 and (drawn[:, 0] - torch.tensor([0, 200, 90]).view(3, 1, 1) / 255).abs().max() < 0.05
+
+    for wrong, says in ((('--first-frames', first, '--known', 3), 'so give 1 to 2'), (('--known', 3), 'give that too'),
+                        (('--first-frames', 'nothing.gif'), 'nothing.gif'), (('--frames', 2), 'num_frames=2'),
+                        (('--later-cond-scale', 0), '--frames')):
+        code, _, err = run(*begins, *wrong)
+        assert code == 2 and says in err and len(err.splitlines()) == 1, err
 
 
 def test_prompts_from_a_file_and_the_same_seed(run, clips):
