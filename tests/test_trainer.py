@@ -18,7 +18,7 @@ from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, che
 from video_diffusion.distributed import Processes
 from video_diffusion.ema import EMA
 from video_diffusion.interrupt import StopRequest
-from video_diffusion.trainer import amp_dtype
+from video_diffusion.loop import amp_dtype
 
 HERE = Path(__file__).parent
 CPU = Processes(device=torch.device('cpu'))

@@ -22,11 +22,26 @@ class Processes:
     world_size: int = 1
     device: torch.device = torch.device('cpu')
     cpu_group: dist.ProcessGroup | None = None  # for small messages that should not wait for a GPU
+    frames_group: dist.ProcessGroup | None = None  # those that hold the frames of the same clips; None: each has its own
 
     @property
     def is_main(self) -> bool:
         """The one that writes files and prints."""
         return self.rank == 0
+
+    @property
+    def sharers(self) -> int:
+        """How many processes hold the frames of one clip."""
+        return 1 if self.frames_group is None else self.frames_group.size()
+
+    @property
+    def data_rank(self) -> int:
+        """Which clips of a batch are ours, among `data_size` parts; neighbours in rank share clips."""
+        return self.rank // self.sharers
+
+    @property
+    def data_size(self) -> int:
+        return self.world_size // self.sharers
 
     def any(self, flag: bool) -> bool:
         """True where it is true in any process."""
@@ -59,21 +74,27 @@ def best_device(local_rank: int = 0) -> torch.device:
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 
-def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None) -> Processes:
+def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None, context_parallel: int = 1) -> Processes:
     """Join the group that torchrun announces, or be a group of one.
 
     A process that waits longer than `timeout` for the others raises, rather than hang for ever.
+    With `context_parallel` so many processes share the frames of each clip.
     """
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     place = torch.device(device) if device else best_device(local_rank)
     if world_size == 1:
+        if context_parallel > 1:
+            raise ValueError(f'context_parallel={context_parallel}: this process is alone; start several with torchrun')
         return Processes(device=place)
     if place.type == 'cuda':
         torch.cuda.set_device(place)
     dist.init_process_group('nccl' if place.type == 'cuda' else 'gloo', timeout=timeout)
     cpu_group = dist.new_group(backend='gloo', timeout=timeout)
-    return Processes(dist.get_rank(), world_size, place, cpu_group)
+    frames_group = None
+    if context_parallel > 1:
+        frames_group = data_and_frames_mesh(context_parallel, place.type, timeout).get_group('frames')
+    return Processes(dist.get_rank(), world_size, place, cpu_group, frames_group)
 
 
 def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedelta = timedelta(minutes=10),

@@ -1,20 +1,14 @@
-"""Trainer: the training loop on a folder of clips, with an EMA, samples, checkpoints and several processes.
+"""Trainer: trains a diffusion model on a folder of clips; the loop around its step is `loop.py`.
 
     >>> trainer = Trainer(diffusion, 'my_gifs', train_batch_size=8, train_num_steps=10_000)
     >>> trainer.load(-1)      # to go on where an earlier run stopped
     >>> trainer.train()
 
 In `results_folder`: `model-<milestone>.pt`, a tiled `<milestone>.gif` of samples with its `prompts.txt`, and
-`log.csv`. A run that was stopped, or killed, and resumed ends with the very weights of one that was not. That
-is simple to promise because nothing random has a state to lose: which clips make batch number n, and what
-noise they get, are functions of (seed, n) alone. They do not depend on the number of processes either:
-each draws for all and takes its own rows, so two processes train like one with twice the batch.
+`log.csv`.
 """
 
-import csv
 import math
-import os
-import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,20 +17,17 @@ from typing import Callable
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
-from . import checkpoint, lr_schedule
-from .dataset import GifDataset, batches, seeded_generator
+from . import lr_schedule
+from .dataset import GifDataset, seeded_generator
 from .diffusion import GaussianDiffusion
 from .distributed import Processes, best_device
 from .ema import EMA
 from .gif import video_tensor_to_gif
-from .interrupt import StopRequest
-
-LOG_COLUMNS = ('step', 'loss', 'lr', 'clips_per_second', 'seconds')
+from .loop import TrainingLoop
 
 
-class Trainer:
+class Trainer(TrainingLoop):
     def __init__(
         self,
         diffusion: GaussianDiffusion,
@@ -70,51 +61,33 @@ class Trainer:
     ):
         if num_frames not in (None, diffusion.num_frames):
             raise ValueError(f'num_frames={num_frames}: the diffusion was built for {diffusion.num_frames} frames')
-        for name, value in dict(train_batch_size=train_batch_size, gradient_accumulate_every=gradient_accumulate_every,
-                                update_ema_every=update_ema_every, save_and_sample_every=save_and_sample_every,
-                                num_sample_rows=num_sample_rows, log_every=log_every).items():
-            if value < 1:
-                raise ValueError(f'{name}={value}: give 1 or more')
-        self.processes = processes or Processes(device=best_device())
-        self.device = self.processes.device
-        self.amp_dtype = amp_dtype(self.device) if amp else None
-        self.diffusion = diffusion.to(self.device)
-        self.batch_size = train_batch_size
-        self.accumulate = gradient_accumulate_every
-        self.train_num_steps = train_num_steps
-        self.train_lr = train_lr
-        self.lr_schedule = lr_schedule
-        self.max_grad_norm = max_grad_norm
+        processes = processes or Processes(device=best_device())
+        diffusion.to(processes.device)
+        dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
+                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict)
+        super().__init__(
+            diffusion, dataset,
+            optimizer=torch.optim.Adam(diffusion.parameters(), lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
+            ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
+            accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
+            max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
+            save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
+            processes=processes)
+        if num_sample_rows < 1:
+            raise ValueError(f'num_sample_rows={num_sample_rows}: give 1 or more')
+        self.diffusion = diffusion
         self.null_cond_prob = null_cond_prob
-        self.step_start_ema = step_start_ema
-        self.update_ema_every = update_ema_every
-        self.save_and_sample_every = save_and_sample_every
         self.num_samples = num_sample_rows ** 2
         self.sampling = dict(cond_scale=cond_scale, sampler=sampler, steps=sample_steps)
-        self.log_every = log_every
-        self.seed = seed
-        self.results_folder = Path(results_folder)
-
-        self.dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
-                                  horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict)
         self.use_captions = getattr(diffusion.denoise_fn, 'has_cond', False)
-        if self.use_captions and self.dataset.captions is None:
+        if self.use_captions and dataset.captions is None:
             raise ValueError(f'the model is conditional, but the clips in {folder} have no captions: put a clip.txt '
                              'beside each clip.gif, or build the model without cond_dim')
-        if self.processes.is_main:
-            print(f'{len(self.dataset)} clips in {folder}' + (', with captions' if self.dataset.captions else ''))
-
+        if processes.is_main:
+            print(f'{len(dataset)} clips in {folder}' + (', with captions' if dataset.captions else ''))
         self.model = diffusion
-        if self.processes.world_size > 1:
+        if processes.world_size > 1:
             self.model = DistributedDataParallel(diffusion, broadcast_buffers=False)
-        self.optimizer = torch.optim.Adam(diffusion.parameters(), lr=train_lr, fused=self.device.type in ('cpu', 'cuda'))
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self.ema = EMA(diffusion, ema_decay, warmup=ema_warmup)
-        self.step = 0                     # optimiser steps done
-        self.seconds = 0.                 # spent training, over all resumed runs
-        self.pending: list[tuple] = []    # (step, loss on the device, learning rate), not looked at yet
-
-    # The loop
 
     def train(
         self,
@@ -122,65 +95,21 @@ class Trainer:
         focus_present_mask: Tensor | None = None,   # (batch) bool: always these
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
-        self.results_folder.mkdir(parents=True, exist_ok=True)
-        self.trim_log()
-        data = batches(self.dataset, self.batch_size, seed=self.seed, start=self.step * self.accumulate,
-                       rank=self.processes.rank, world_size=self.processes.world_size,
-                       pin_memory=self.device.type == 'cuda')
-        progress = tqdm(initial=self.step, total=self.train_num_steps, desc='training', unit='step',
-                        disable=not self.processes.is_main)
-        with StopRequest() as stop, progress:
-            self.watch = time.perf_counter()
-            while self.step < self.train_num_steps:
-                self.train_step(data, prob_focus_present, focus_present_mask)
-                progress.update()
-                stopping = self.processes.any(stop.requested)
-                milestone = self.step % self.save_and_sample_every == 0 or self.step == self.train_num_steps
-                if self.step % self.log_every == 0 or milestone or stopping:
-                    self.log(log_fn, progress)
-                if milestone or stopping:
-                    self.save(math.ceil(self.step / self.save_and_sample_every))
-                if stopping:
-                    break
-                if milestone:
-                    path = self.sample(math.ceil(self.step / self.save_and_sample_every))
-                    log_fn({'step': self.step, 'sample': path})
-                    self.watch = time.perf_counter()
-        if self.processes.is_main:
-            done = self.step == self.train_num_steps
-            print('training completed' if done else f'stopped at step {self.step}: saved, load(-1) goes on from here')
+        self.prob_focus_present, self.focus_present_mask = prob_focus_present, focus_present_mask
+        self.run(log_fn)
 
-    def train_step(self, data, prob_focus_present: float, focus_present_mask: Tensor | None) -> None:
-        learning_rate = self.train_lr * self.lr_schedule(self.step)
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate
-        total = torch.zeros((), device=self.device)
-        for i in range(self.accumulate):
-            batch = next(data)
-            videos, captions = batch if self.dataset.captions else (batch, None)
-            videos = videos.to(self.device, non_blocking=True).float() / 255
-            draws = self.draw(self.step * self.accumulate + i, videos.shape, prob_focus_present)
-            if focus_present_mask is not None:
-                draws['focus_present_mask'] = focus_present_mask.to(self.device)
-            # Processes average their gradients once per step, in the last backward pass.
-            is_last = i == self.accumulate - 1
-            with nullcontext() if is_last or self.model is self.diffusion else self.model.no_sync():
-                with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-                    loss = self.model(videos, captions if self.use_captions else None, **draws) / self.accumulate
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
-
-        if self.max_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)  # clip what the gradients are, not what they were scaled to
-            torch.nn.utils.clip_grad_norm_(self.diffusion.parameters(), self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.step % self.update_ema_every == 0:
-            self.ema.update() if self.step >= self.step_start_ema else self.ema.copy()
-        self.step += 1
-        self.pending.append((self.step, total, learning_rate))
+    def learn(self, batch, number: int, is_last: bool) -> Tensor:
+        videos, captions = batch if self.dataset.captions else (batch, None)
+        videos = videos.to(self.device, non_blocking=True).float() / 255
+        draws = self.draw(number, videos.shape, self.prob_focus_present)
+        if self.focus_present_mask is not None:
+            draws['focus_present_mask'] = self.focus_present_mask.to(self.device)
+        # Processes average their gradients once per step, in the last backward pass.
+        with nullcontext() if is_last or self.model is self.diffusion else self.model.no_sync():
+            with self.autocast():
+                loss = self.model(videos, captions if self.use_captions else None, **draws)
+            self.backward(loss)
+        return loss.detach()
 
     def draw(self, number: int, shape: torch.Size, prob_focus_present: float) -> dict[str, Tensor | float]:
         """All that is random about batch `number`: drawn for the batches of all processes, cut to our rows."""
@@ -224,88 +153,14 @@ class Trainer:
         captions = sorted(set(self.dataset.captions))
         return [captions[i * len(captions) // self.num_samples] for i in range(self.num_samples)]
 
-    # The log
+    def config(self) -> dict:
+        return self.diffusion.config()
 
-    def log(self, log_fn: Callable[[dict], object], progress: tqdm) -> None:
-        """Look at the losses since the last look, and write them down."""
-        if not self.pending:
-            return
-        steps, losses, learning_rates = zip(*self.pending)
-        losses = self.processes.mean(torch.stack(losses)).tolist()  # on a GPU: waits for the steps to finish
-        now = time.perf_counter()
-        self.seconds += now - self.watch
-        clips = len(steps) * self.batch_size * self.accumulate * self.processes.world_size
-        speed = clips / (now - self.watch)
-        self.watch = now
-        self.pending.clear()
-        rows = [dict(zip(LOG_COLUMNS, row)) for row in zip(
-            steps, losses, learning_rates, [round(speed, 2)] * len(steps), [round(self.seconds, 2)] * len(steps))]
-        for row in rows:
-            if not math.isfinite(row['loss']):
-                raise FloatingPointError(
-                    f'the loss of step {row["step"]} is {row["loss"]}: the run stops here and the last checkpoint is '
-                    'untouched. Try a lower train_lr, max_grad_norm=1., or a look at the clips')
-            log_fn(row)
-        progress.set_postfix(loss=f'{losses[-1]:.4f}', clips_per_s=f'{speed:.1f}')
-        if self.processes.is_main:
-            with open(self.results_folder / 'log.csv', 'a', newline='') as file:
-                csv.DictWriter(file, LOG_COLUMNS).writerows(rows)
-
-    def trim_log(self) -> None:
-        """Begin the log, or drop the rows after our step, which a run that was killed wrote after its last save."""
-        if not self.processes.is_main:
-            return
-        path = self.results_folder / 'log.csv'
-        rows = []
-        if self.step and path.exists():
-            with open(path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) if row['seconds'] and int(row['step']) <= self.step]
-        temporary = path.with_suffix('.tmp')
-        with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
-
-    # Checkpoints
-
-    def save(self, milestone: int) -> None:
-        # The loss of this step may be fine and the weights that its gradient led to may not be.
-        if not all(weight.isfinite().all() for weight in self.diffusion.parameters()):
-            raise FloatingPointError(f'some weights are not finite after step {self.step}: the run stops here and earlier '
-                                     'checkpoints are untouched. Try a lower train_lr, or max_grad_norm=1.')
-        if self.processes.is_main:
-            self.results_folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(self.state_dict(), self.results_folder / f'model-{milestone}.pt')
-
-    def load(self, milestone: int = -1) -> None:
-        """Go on from a milestone of the results folder; -1 is the newest."""
-        folder = self.results_folder
-        path = checkpoint.newest(folder) if milestone == -1 else folder / f'model-{milestone}.pt'
-        self.load_state_dict(checkpoint.load_run(path))
+    def has_config(self, config: dict) -> bool:
+        return self.diffusion.has_config(config)
 
     def state_dict(self) -> dict:
-        return {
-            'config': self.diffusion.config(),
-            'step': self.step,  # with the seed, also the position in the data and in the noise
-            'seed': self.seed,
-            'seconds': self.seconds,
-            'sampling': self.sampling,  # how sample.py draws unless it is told otherwise
-            'model': self.diffusion.state_dict(),
-            'ema': self.ema.state_dict(),
-            'optimizer': self.optimizer.state_dict(),
-            'scaler': self.scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        if not self.diffusion.has_config(state['config']):
-            raise ValueError('the checkpoint was made with other settings than this model: '
-                             f'{state["config"]}, and not {self.diffusion.config()}')
-        self.diffusion.load_state_dict(state['model'])
-        self.ema.load_state_dict(state['ema'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.scaler.load_state_dict(state['scaler'])
-        self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']
+        return {**super().state_dict(), 'sampling': self.sampling}  # how sample.py draws unless it is told otherwise
 
 
 def sample_many(
@@ -322,16 +177,3 @@ def sample_many(
             progress=processes.is_main, **sampling).cpu()
     parts = processes.gather(parts)
     return torch.cat([parts[number] for number in sorted(parts)]) if processes.is_main else None
-
-
-def amp_dtype(device: torch.device) -> torch.dtype:
-    """The half precision that this device is fast in."""
-    if device.type == 'cuda':
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == 'mps':
-        return torch.float16
-    # Without such instructions bf16 matrix products are emulated: measured 300 times slower than float32.
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    raise ValueError('amp=True: this CPU has no bf16 instructions, so mixed precision would be far slower than '
-                     'float32. Leave amp off, or train on a GPU')

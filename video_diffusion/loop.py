@@ -1,0 +1,257 @@
+"""The training loop: what is the same whatever is trained, so that a trainer is little more than its step.
+
+    data  ->  step (forward, backward, optimisers, EMA)  ->  log  ->  checkpoint  ->  samples        again and again
+
+A trainer says what it logs (`columns`), how it learns from one batch (`learn`), what it draws or measures at a
+milestone (`sample`, `measure`), and puts whatever else has a state into `parts`. See `trainer.py` for the
+shortest example.
+
+A run that was stopped, or killed, and resumed ends with the very weights of one that was not. That is simple
+to promise because nothing random has a state to lose: which clips make batch number n, and what noise they
+get, are functions of (seed, n) alone. They do not depend on the number of processes either: each draws for
+all and takes its own rows, so two processes train like one with twice the batch.
+"""
+
+import csv
+import math
+import os
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import checkpoint, lr_schedule
+from .dataset import GifDataset, batches
+from .distributed import Processes
+from .ema import EMA
+from .interrupt import StopRequest
+
+
+class TrainingLoop:
+    columns: tuple[str, ...] = ('loss',)     # what `learn` returns, for the log
+    measures: tuple[str, ...] = ()           # what `measure` returns, for the log
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: GifDataset,
+        *,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        batch_size: int,                     # clips in one forward pass
+        accumulate: int,                     # forward passes in one step
+        num_steps: int,
+        lr: float,
+        lr_schedule: lr_schedule.Schedule,
+        max_grad_norm: float | None,
+        amp: bool,
+        step_start_ema: int,                 # before this step the average just follows the weights
+        update_ema_every: int,
+        save_and_sample_every: int,
+        log_every: int,
+        results_folder: str | Path,
+        seed: int,
+        processes: Processes,
+    ):
+        for name, value in dict(train_batch_size=batch_size, gradient_accumulate_every=accumulate, log_every=log_every,
+                                update_ema_every=update_ema_every, save_and_sample_every=save_and_sample_every).items():
+            if value < 1:
+                raise ValueError(f'{name}={value}: give 1 or more')
+        self.processes, self.device = processes, processes.device
+        self.amp_dtype = amp_dtype(self.device) if amp else None
+        self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
+        self.train_num_steps, self.train_lr, self.lr_schedule = num_steps, lr, lr_schedule
+        self.max_grad_norm = max_grad_norm
+        self.step_start_ema, self.update_ema_every = step_start_ema, update_ema_every
+        self.save_and_sample_every, self.log_every = save_and_sample_every, log_every
+        self.results_folder, self.seed = Path(results_folder), seed
+
+        self.optimizer, self.ema = optimizer, ema
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+        self.parts = {'model': model, 'ema': ema, 'optimizer': optimizer, 'scaler': self.scaler}  # all that has a state
+        self.step = 0                     # optimiser steps done
+        self.seconds = 0.                 # spent training, over all resumed runs
+        self.pending: list[tuple] = []    # (step, values on the device, learning rate), not looked at yet
+
+    # What a trainer fills in
+
+    def learn(self, batch, number: int, is_last: bool) -> Tensor:
+        """Forward and backward pass of batch `number`, the last of its step or not; returns the values of `columns`."""
+        raise NotImplementedError
+
+    def config(self) -> dict:
+        """What rebuilds the model."""
+        raise NotImplementedError
+
+    def has_config(self, config: dict) -> bool:
+        """Whether a checkpoint was made by such a run as this one."""
+        return config == self.config()
+
+    def sample(self, milestone: int) -> Path:
+        """Draws what the model can do now."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, float]:
+        """The values of `measures`, at a milestone."""
+        return {}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that have a step to make."""
+        return [self.optimizer]
+
+    # The loop
+
+    def run(self, log_fn: Callable[[dict], object]) -> None:
+        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        self.results_folder.mkdir(parents=True, exist_ok=True)
+        self.trim_log()
+        data = batches(self.dataset, self.batch_size, seed=self.seed, start=self.step * self.accumulate,
+                       rank=self.processes.data_rank, world_size=self.processes.data_size,
+                       pin_memory=self.device.type == 'cuda')
+        progress = tqdm(initial=self.step, total=self.train_num_steps, desc='training', unit='step',
+                        disable=not self.processes.is_main)
+        with StopRequest() as stop, progress:
+            self.watch = time.perf_counter()
+            while self.step < self.train_num_steps:
+                self.train_step(data)
+                progress.update()
+                stopping = self.processes.any(stop.requested)
+                milestone = self.step % self.save_and_sample_every == 0 or self.step == self.train_num_steps
+                number = math.ceil(self.step / self.save_and_sample_every)
+                if self.step % self.log_every == 0 or milestone or stopping:
+                    self.log(log_fn, progress, measure=milestone)
+                if milestone or stopping:
+                    self.save(number)
+                if stopping:
+                    break
+                if milestone:
+                    log_fn({'step': self.step, 'sample': self.sample(number)})
+                    self.watch = time.perf_counter()
+        if self.processes.is_main:
+            done = self.step == self.train_num_steps
+            print('training completed' if done else f'stopped at step {self.step}: saved, load(-1) goes on from here')
+
+    def train_step(self, data) -> None:
+        learning_rate = self.train_lr * self.lr_schedule(self.step)
+        optimizers = self.optimizers()
+        total = torch.zeros(len(self.columns), device=self.device)
+        for i in range(self.accumulate):
+            total += self.learn(next(data), self.step * self.accumulate + i, is_last=i == self.accumulate - 1)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = learning_rate
+            if self.max_grad_norm is not None:
+                self.scaler.unscale_(optimizer)  # clip what the gradients are, not what they were scaled to
+                torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']],
+                                               self.max_grad_norm)
+            self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
+        if self.step % self.update_ema_every == 0:
+            self.ema.update() if self.step >= self.step_start_ema else self.ema.copy()
+        self.step += 1
+        self.pending.append((self.step, total / self.accumulate, learning_rate))
+
+    def backward(self, loss: Tensor) -> None:
+        """Its share of the step's gradients."""
+        self.scaler.scale(loss / self.accumulate).backward()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    # The log
+
+    def log(self, log_fn: Callable[[dict], object], progress: tqdm, measure: bool) -> None:
+        """Look at the losses since the last look, and write them down."""
+        steps, values, learning_rates = zip(*self.pending)
+        values = self.processes.mean(torch.stack(values)).tolist()  # on a GPU: waits for the steps to finish
+        now = time.perf_counter()
+        self.seconds += now - self.watch
+        speed = len(steps) * self.batch_size * self.accumulate * self.processes.data_size / (now - self.watch)
+        self.pending.clear()
+        rows = [{'step': step, **dict(zip(self.columns, row)), 'lr': learning_rate, 'clips_per_second': round(speed, 2),
+                 'seconds': round(self.seconds, 2)} for step, row, learning_rate in zip(steps, values, learning_rates)]
+        for row in rows:
+            for name in self.columns:
+                if not math.isfinite(row[name]):
+                    raise FloatingPointError(
+                        f'the {name} of step {row["step"]} is {row[name]}: the run stops here and the last checkpoint is '
+                        'untouched. Try a lower train_lr, max_grad_norm=1., or a look at the clips')
+        if measure:
+            rows[-1].update(self.measure())
+        for row in rows:
+            log_fn(row)
+        progress.set_postfix(loss=f'{rows[-1][self.columns[0]]:.4f}', clips_per_s=f'{speed:.1f}')
+        if self.processes.is_main:
+            with open(self.results_folder / 'log.csv', 'a', newline='') as file:
+                csv.DictWriter(file, self.log_columns()).writerows(rows)
+        self.watch = time.perf_counter()
+
+    def log_columns(self) -> list[str]:
+        return ['step', *self.columns, 'lr', 'clips_per_second', 'seconds', *self.measures]
+
+    def trim_log(self) -> None:
+        """Begin the log, or drop the rows after our step, which a run that was killed wrote after its last save."""
+        if not self.processes.is_main:
+            return
+        path = self.results_folder / 'log.csv'
+        rows = []
+        if self.step and path.exists():
+            with open(path, newline='') as file:
+                rows = [row for row in csv.DictReader(file) if row['seconds'] and int(row['step']) <= self.step]
+        temporary = path.with_suffix('.tmp')
+        with open(temporary, 'w', newline='') as file:
+            writer = csv.DictWriter(file, self.log_columns())
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+
+    # Checkpoints
+
+    def save(self, milestone: int) -> None:
+        # The loss of this step may be fine and the weights that its gradient led to may not be.
+        if not all(weight.isfinite().all() for weight in self.parts['model'].parameters()):
+            raise FloatingPointError(f'some weights are not finite after step {self.step}: the run stops here and earlier '
+                                     'checkpoints are untouched. Try a lower train_lr, or max_grad_norm=1.')
+        if self.processes.is_main:
+            self.results_folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(self.state_dict(), self.results_folder / f'model-{milestone}.pt')
+
+    def load(self, milestone: int = -1) -> None:
+        """Go on from a milestone of the results folder; -1 is the newest."""
+        folder = self.results_folder
+        path = checkpoint.newest(folder) if milestone == -1 else folder / f'model-{milestone}.pt'
+        self.load_state_dict(checkpoint.load_run(path))
+
+    def state_dict(self) -> dict:
+        return {
+            'config': self.config(),
+            'step': self.step,  # with the seed, also the position in the data and in the noise
+            'seed': self.seed,
+            'seconds': self.seconds,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if not self.has_config(state['config']):
+            raise ValueError('the checkpoint was made with other settings than this model: '
+                             f'{state["config"]}, and not {self.config()}')
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']
+
+
+def amp_dtype(device: torch.device) -> torch.dtype:
+    """The half precision that this device is fast in."""
+    if device.type == 'cuda':
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == 'mps':
+        return torch.float16
+    # Without such instructions bf16 matrix products are emulated: measured 300 times slower than float32.
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    raise ValueError('amp=True: this CPU has no bf16 instructions, so mixed precision would be far slower than '
+                     'float32. Leave amp off, or train on a GPU')
