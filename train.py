@@ -33,8 +33,8 @@ DEFAULTS = {
     'linear_attention': (False,      True),
     'batch_size':       (8,          64),
     'lr':               (2e-3,       5e-4),
-    'steps':            (1600,       10000),
-    'sample_every':     (400,        1000),
+    'steps':            (1400,       10000),
+    'sample_every':     (350,        1000),
 }
 
 
@@ -64,6 +64,8 @@ def flags(argv=None) -> argparse.Namespace:
     add('--attn-dim-head', type=int, help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
     add('--linear-attention', action=argparse.BooleanOptionalAction,
         help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
+    add('--frame-embedding', action=argparse.BooleanOptionalAction, default=True,
+        help='tell the network which frame is the first: motion is learnt much sooner (default: on)')
     add('--unconditional', action='store_true', help='do not use the captions')
     add('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
@@ -133,7 +135,8 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
-                  cond_dim=encoder.dim if encoder else None, cond_frames=args.known_frames > 0)
+                  cond_dim=encoder.dim if encoder else None, frame_embedding=args.frame_embedding,
+                  cond_frames=args.known_frames > 0)
     diffusion = GaussianDiffusion(
         unet, image_size=(height, width), num_frames=frames, channels=args.channels, timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
