@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, lr_schedule, shapes
 from video_diffusion.distributed import Processes
@@ -427,3 +428,22 @@ def test_learning_rate_schedules_at_their_corners():
     assert factor(60) == pytest.approx(0.6)
     assert factor(110) == factor(500) == pytest.approx(0.2)
     assert all(factor(s) < factor(s + 1) for s in range(9)) and all(factor(s) > factor(s + 1) for s in range(10, 109))
+
+
+def test_images_train_as_frames_without_motion(clips, tmp_path):
+    """A folder of clips and images: the images' frames are looked at one by one, the clips' together."""
+    folder = tmp_path / 'mixed'
+    folder.mkdir()
+    for path in sorted(clips.glob('00000.*')) + sorted(clips.glob('00001.*')):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ('a.png', 'b.jpg'):
+        Image.new('RGB', (16, 16), (200, 30, 30)).save(folder / name)
+        (folder / name).with_suffix('.txt').write_text('a red nothing')
+    assert len(make_trainer(folder, tmp_path / 'r').dataset) == 2
+    trainer = make_trainer(folder, tmp_path / 'r', images=True, train_batch_size=4, train_num_steps=1, gradient_accumulate_every=1)
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs['focus_present_mask'])), with_kwargs=True)
+    trainer.train()
+    ((videos, captions), mask), = seen
+    assert [caption == 'a red nothing' for caption in captions] == mask.tolist() and mask.sum() == 2

@@ -57,6 +57,7 @@ class Trainer(TrainingLoop):
         log_every: int = 10,                     # look at the loss: on a GPU, the only time a step waits for it
         seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
+        images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         if num_frames not in (None, diffusion.num_frames):
@@ -64,7 +65,8 @@ class Trainer(TrainingLoop):
         processes = processes or Processes(device=best_device())
         diffusion.to(processes.device)
         dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
-                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict)
+                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
+                             exts=('gif', 'png', 'jpg', 'jpeg') if images else ('gif',))
         super().__init__(
             diffusion, dataset,
             optimizer=torch.optim.Adam(diffusion.parameters(), lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
@@ -77,6 +79,7 @@ class Trainer(TrainingLoop):
             raise ValueError(f'num_sample_rows={num_sample_rows}: give 1 or more')
         self.diffusion = diffusion
         self.null_cond_prob = null_cond_prob
+        self.images = images
         self.num_samples = num_sample_rows ** 2
         self.sampling = dict(cond_scale=cond_scale, sampler=sampler, steps=sample_steps)
         self.use_captions = getattr(diffusion.denoise_fn, 'has_cond', False)
@@ -102,6 +105,11 @@ class Trainer(TrainingLoop):
         videos, captions = batch if self.dataset.captions else (batch, None)
         videos = videos.to(self.device, non_blocking=True).float() / 255
         draws = self.draw(number, videos.shape, self.prob_focus_present)
+        if self.images and self.prob_focus_present < 1:
+            # The dataset repeats an image until it is a clip. Unless every frame of it is looked at alone, the network learns
+            # from it that nothing moves (joint training on images and videos, arXiv 2204.03458, section 3).
+            still = (videos == videos[:, :, :1]).flatten(1).all(dim=1)
+            draws['focus_present_mask'] = still | draws.get('focus_present_mask', still)
         if self.focus_present_mask is not None:
             draws['focus_present_mask'] = self.focus_present_mask.to(self.device)
         # Processes average their gradients once per step, in the last backward pass.
