@@ -64,8 +64,8 @@ def test_ddim_equals_diffusers(monkeypatch, spacing, eta):
     scheduler = diffusers.DDIMScheduler(prediction_type='sample', clip_sample=False, timestep_spacing=spacing)
     scheduler.alphas_cumprod = alpha_bar
     scheduler.set_timesteps(20)  # a divisor of 1000: diffusers takes t - 1000 // 20 for the next step, whatever the spacing
-    ours, theirs = ours_and_theirs(monkeypatch, 'ddim', scheduler, alpha_bar, spaced_steps(1000, 20, spacing), noise_by_name=eta > 0,
-                                   eta=eta)
+    ours, theirs = ours_and_theirs(monkeypatch, 'ddim', scheduler, alpha_bar, spaced_steps(1000, 20, spacing),
+                                   noise_by_name=eta > 0, eta=eta)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
@@ -192,7 +192,8 @@ def test_ddim_with_all_steps_and_full_eta_takes_the_steps_of_ddpm():
     """Same noise, same denoiser: every state is the same, not only the distribution."""
     alpha_bar = cosine_schedule(30)
     x = torch.randn(100, **DOUBLE)
-    ends = [SAMPLERS[name](toy_denoiser, x, alpha_bar, spaced_steps(30, None), generator=torch.Generator().manual_seed(1), **kwargs)
+    ends = [SAMPLERS[name](toy_denoiser, x, alpha_bar, spaced_steps(30, None), generator=torch.Generator().manual_seed(1),
+                           **kwargs)
             for name, kwargs in (('ddpm', {}), ('ddim', dict(eta=1.)))]
     torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
 

@@ -169,7 +169,7 @@ class GaussianDiffusion(nn.Module):
         spacing: str = 'trailing',                    # 'trailing', 'leading' or 'linspace'
         eta: float = 0.,                              # of 'ddim' only: the share of noise that is fresh
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
-        negative: Tensor | Sequence[str] | None = None,  # guide away from this, one or one per video, not from no condition
+        negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
         guidance_rescale: float = 0.,                 # these two are for large scales: see guidance.py
         dynamic_guidance: float | None = None,        # exponent of a scale that grows during sampling
         return_all: bool = False,

@@ -102,7 +102,7 @@ def min_snr_weight(objective: str, alpha_bar: Tensor, gamma: float) -> Tensor:
     if objective == 'noise':
         return (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr
     if objective == 'v':
-        return torch.minimum(alpha_bar, gamma * (1 - alpha_bar))  # min(snr, gamma) / (snr + 1)
+        return snr.clamp(max=gamma) / (snr + 1)
     return snr.clamp(max=gamma)
 
 
