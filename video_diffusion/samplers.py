@@ -96,7 +96,7 @@ def dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): DDIM that looks half a step ahead.
 
-    Deterministic. Twice the steps leave a quarter of the error, with DDIM half of it.
+    Deterministic. Twice the steps, equal in log-SNR, leave a quarter of the error; with DDIM half of it.
     """
     before = None
     for t, here, after in levels(alpha_bar, steps, progress):
