@@ -9,7 +9,13 @@ one another.
     SpatialAttention         b f sequences of h w pixels     softmax, for the small map in the middle
     SpatialLinearAttention   b f sequences of h w pixels     linear in h w, for the large maps
 
-Every block maps a video x (b, c, f, h, w) to `x + attention(norm(x))`, and shares one softmax, `attend`.
+Each of these maps a video x (b, c, f, h, w) to `x + attention(norm(x))`. Others build on these:
+
+    SpatialSelfAttention     the same for the images of an autoencoder: one head, group norm, b c h w
+    CrossAttention           rows (b, n, c) look at the rows of a context, for instance a caption's tokens
+    LinearAttention          rows (b, n, c) at one another, linear in n
+
+All share one softmax, `attend`; transformer.py builds on the second half.
 
 **Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
 channels then lie side by side, so the norms and projections below work on plain rows, and no
@@ -21,18 +27,18 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from einops_exts import rearrange_many
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention, the only one in the library: q, k, v (..., heads, n, d), bias added to the logits.
+    """Softmax attention, the only one in the library: q, k, v (..., heads, n, d).
 
-    With a learned bias in training, torch's fused kernels fall back to a slower path than these three lines.
+    `bias` is added to the logits; where it is a bool mask, queries see the keys at True only. With a learned bias in
+    training, torch's fused kernels fall back to a slower path than these three lines.
     """
-    if bias is None:
-        return F.scaled_dot_product_attention(q, k, v)
+    if bias is None or bias.dtype == torch.bool:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
     return logits.softmax(dim=-1) @ v
 
@@ -125,6 +131,12 @@ class TemporalAttention(nn.Module):
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
 
+def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, core=attend) -> Tensor:
+    """Rows x (b n c) look at one another; `core` is softmax attention or linear attention."""
+    q, k, v = rearrange(to_qkv(x), 'b n (qkv heads d) -> qkv b heads n d', qkv=3, heads=heads)
+    return to_out(rearrange(core(q, k, v), 'b heads n d -> b n (heads d)'))
+
+
 class SpatialAttention(nn.Module):
     """The pixels of a frame attend to one another."""
 
@@ -137,20 +149,72 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-        residual = x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
-        q, k, v = rearrange_many(qkv, 'bf n (heads d) -> bf heads n d', heads=self.heads)
-        x = residual + self.to_out(rearrange(attend(q, k, v), 'bf heads n d -> bf n (heads d)'))
+        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        x = x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads)
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
 
 
-class SpatialLinearAttention(nn.Module):
-    """The pixels of a frame attend to one another at a cost linear in their number (arXiv 1812.01243).
+class SpatialSelfAttention(nn.Module):
+    """The pixels of an image attend to one another with one head as wide as the image has channels: (n c h w)."""
+
+    def __init__(self, dim: int, groups: int = 32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, dim, eps=1e-6)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = rearrange(self.norm(x), 'n c h w -> n (h w) c')
+        out = self_attention(rows, self.to_qkv, self.to_out, heads=1)
+        return x + rearrange(out, 'n (h w) c -> n c h w', h=x.shape[2])
+
+
+class CrossAttention(nn.Module):
+    """Rows x (b n c) look at the rows of a context (b m context_dim), or at one another where there is none."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(context_dim or dim, 2 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` (b m): False for rows of the context that are padding. Each item needs one that is not."""
+        q = rearrange(self.to_q(x), 'b n (heads d) -> b heads n d', heads=self.heads)
+        kv = self.to_kv(x if context is None else context)
+        k, v = rearrange(kv, 'b m (kv heads d) -> kv b heads m d', kv=2, heads=self.heads)
+        out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        return self.to_out(rearrange(out, 'b heads n d -> b n (heads d)'))
+
+
+def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention at a cost linear in the number of rows (arXiv 1812.01243): q, k, v (..., heads, n, d).
 
     Softmax attention weighs values by softmax(q k^T), an n x n matrix. Here queries and keys are normalised
-    apart, softmax(q) over features and softmax(k) over pixels, so that the product can be taken from the
-    right: first the context k^T v, a d x d summary of the frame, and then q times that.
+    apart, softmax(q) over features and softmax(k) over rows, so that the product can be taken from the
+    right: first the context k^T v, a d x d summary of all rows, and then q times that.
     """
+    q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
+    context = k.softmax(dim=-2).transpose(-1, -2) @ v                           # ... heads d d
+    return q @ context
+
+
+class LinearAttention(nn.Module):
+    """Rows x (b n c) look at one another at a cost linear in n."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int = 32):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self_attention(x, self.to_qkv, self.to_out, self.heads, attend_linearly)
+
+
+class SpatialLinearAttention(nn.Module):
+    """The pixels of a frame attend to one another at a cost linear in their number."""
 
     def __init__(self, dim: int, heads: int, dim_head: int = 32):
         super().__init__()
@@ -161,12 +225,6 @@ class SpatialLinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-        residual = x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
-        q, k, v = rearrange_many(qkv, 'bf n (heads d) -> bf heads n d', heads=self.heads)
-        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
-        k = k.softmax(dim=-2)
-        context = k.transpose(-1, -2) @ v                                       # bf heads d d
-        out = rearrange(q @ context, 'bf heads n d -> bf n (heads d)')
-        x = residual + self.to_out(out)
+        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        x = x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads, attend_linearly)
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)

@@ -139,8 +139,18 @@ class Upsample(nn.Module):
 
     def enlarge(self, x: Tensor, first: bool) -> Tensor:
         frames = 2 * x.shape[2] - first if self.time else x.shape[2]
-        x = conv_per_frame(lambda frame: self.conv(F.interpolate(frame, scale_factor=2.)), x)
+        x = conv_per_frame(lambda frame: doubled_conv(frame, self.conv), x)
         return x.index_select(2, stretched_index(x.shape[2], frames, first, x.device)) if self.time else x
+
+
+def doubled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """conv(twice the size of x, nearest), a 3x3 convolution with padding 1: (n c h w) -> (n c 2h 2w).
+
+    An output pixel sees nine pixels, but only four different ones. One 4x4 transposed convolution of stride 2, whose
+    weights are sums of the nine, takes each of them once: 4/9 of the multiplications, and no doubled input in memory.
+    """
+    kernel = F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)     # out in 4 4
+    return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def conv_per_frame(conv, x: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class CausalVAE(nn.Module):
         `chunk` frames at a time (a multiple of `time_compression`) in tiles of `tile` pixels: less memory.
         With norm_scope 'frame' chunks change nothing; otherwise, and with tiles, the norms' statistics do.
         """
-        self._refuse_bad_video(video)
+        refuse_bad_video(self, video)
         self._refuse_bad_pieces(chunk, tile, self.time_compression)
         if tile is not None:
             scale = 1 / self.space_compression
@@ -152,7 +152,7 @@ class CausalVAE(nn.Module):
         fz latent frames become 1 + 4 (fz - 1) frames, or `frames=4 * fz` where no first frame was kept apart.
         `chunk` latent frames at a time, in tiles of `tile` pixels: see `encode`.
         """
-        self._refuse_bad_latent(z)
+        refuse_bad_latent(self, z)
         self._refuse_bad_pieces(chunk, tile, 1)
         if tile is not None:
             scale = self.space_compression
@@ -249,40 +249,42 @@ class CausalVAE(nn.Module):
                              f'or for {without} without a special first frame')
         return frames in (None, with_first)
 
-    def _refuse_bad_video(self, video: Tensor):
-        if video.ndim != 5:
-            raise ValueError(f'a video of shape {tuple(video.shape)}: '
-                             'give (batch, channels, frames, height, width)')
-        channels = self.config['in_channels']
-        if video.shape[1] != channels:
-            raise ValueError(f'a video of {video.shape[1]} channels: '
-                             f'this VAE was built with in_channels={channels}')
-        c = self.space_compression
-        if any(n % c for n in video.shape[3:]):
-            h, w = (max(c, round(n / c) * c) for n in video.shape[3:])
-            raise ValueError(f'{video.shape[3]} x {video.shape[4]} pixels: height and width are compressed '
-                             f'by {c}, so give multiples of {c} (nearest: {h} x {w})')
-
-    def _refuse_bad_latent(self, z: Tensor):
-        if z.ndim != 5 or z.shape[1] != self.latent_channels:
-            raise ValueError(f'latents of shape {tuple(z.shape)}: '
-                             f'give (batch, {self.latent_channels}, frames, height, width)')
-
     def _refuse_bad_pieces(self, chunk: int | None, tile: int | None, unit: int):
         if chunk is not None and self.group is not None:
             raise ValueError(f'chunk={chunk}: in a context-parallel group a process has all its frames '
                              'at once, give no chunk')
-        if chunk is not None and (chunk < 1 or chunk % unit):
-            raise ValueError(f'chunk={chunk}: give a multiple of {unit} frames')
-        if tile is not None and (tile < 4 * self.space_compression or tile % self.space_compression):
-            c = self.space_compression
-            raise ValueError(f'tile={tile}: give a multiple of {c} pixels, {4 * c} or more')
+        refuse_bad_pieces(self, chunk, tile, unit)
 
 
 def chunks(x: Tensor, length: int) -> list[Tensor]:
     """Cuts time into chunks; the remainder joins the first one, where the special first frame is."""
     whole = max(1, x.shape[2] // length)
     return x.split([x.shape[2] - (whole - 1) * length, *[length] * (whole - 1)], dim=2)
+
+
+def refuse_bad_video(vae: nn.Module, video: Tensor):
+    if video.ndim != 5:
+        raise ValueError(f'a video of shape {tuple(video.shape)}: give (batch, channels, frames, height, width)')
+    channels, c = vae.config['in_channels'], vae.space_compression
+    if video.shape[1] != channels:
+        raise ValueError(f'a video of {video.shape[1]} channels: this VAE was built with in_channels={channels}')
+    if any(n % c for n in video.shape[3:]):
+        h, w = (max(c, round(n / c) * c) for n in video.shape[3:])
+        raise ValueError(f'{video.shape[3]} x {video.shape[4]} pixels: height and width are compressed '
+                         f'by {c}, so give multiples of {c} (nearest: {h} x {w})')
+
+
+def refuse_bad_latent(vae: nn.Module, z: Tensor):
+    if z.ndim != 5 or z.shape[1] != vae.latent_channels:
+        raise ValueError(f'latents of shape {tuple(z.shape)}: give (batch, {vae.latent_channels}, frames, height, width)')
+
+
+def refuse_bad_pieces(vae: nn.Module, chunk: int | None, tile: int | None, unit: int):
+    c = vae.space_compression
+    if chunk is not None and (chunk < 1 or chunk % unit):
+        raise ValueError(f'chunk={chunk}: give a multiple of {unit} frames')
+    if tile is not None and (tile < 4 * c or tile % c):
+        raise ValueError(f'tile={tile}: give a multiple of {c} pixels, {4 * c} or more')
 
 
 def refuse_bad_config(dim, dim_mults, time_compression, norm_groups, norm_scope):

@@ -123,10 +123,13 @@ class CausalConv3d(nn.Conv3d):
         return image.unsqueeze(2)
 
 
-def steps(x: Tensor, first: bool = False) -> list[tuple[int, int]]:
-    """Cuts f frames into (start, stop), few enough for little memory; an even number, and the `first`."""
+def steps(x: Tensor, first: bool = False, unit: int = 2, growth: float = 1.) -> list[tuple[int, int]]:
+    """Cuts f frames into (start, stop), few enough for little memory: a multiple of `unit` frames, and the `first`.
+
+    `growth`: by how much the largest feature map that is made of a frame exceeds the frame.
+    """
     most = 2 ** 21 if x.device.type == 'cpu' else 2 ** 27            # numbers; measured on the CPU only
-    length = max(1, most // (2 * x[:, :, :1].numel())) * 2
+    length = max(1, int(most / (unit * growth * x[:, :, :1].numel()))) * unit
     cuts = [0, *range(length + first, x.shape[2], length), x.shape[2]]
     return list(zip(cuts, cuts[1:]))
 

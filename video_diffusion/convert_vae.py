@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from video_diffusion.causal_vae import CausalVAE
 
@@ -48,12 +48,7 @@ FIXED = {'act_fn': 'silu', 'norm_eps': 1e-6, 'use_quant_conv': False, 'use_post_
 
 def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
     """A folder, or one file in it, as written by `AutoencoderKLCogVideoX.save_pretrained`, sharded or not."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not (folder / 'config.json').is_file():
-        raise FileNotFoundError(f'{folder} holds no config.json: give the folder that save_pretrained wrote')
-    config = json.loads((folder / 'config.json').read_text())
-    refuse_other_networks(config, folder)
+    config = read_config(path, 'AutoencoderKLCogVideoX', FIXED)
     channels = config['block_out_channels']
     vae = CausalVAE(
         in_channels=config['in_channels'], out_channels=config['out_channels'],
@@ -66,17 +61,13 @@ def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
 
 def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426):
     """Writes config.json and the weights; `scaling_factor` is noted there for the diffusion model."""
-    from safetensors.torch import save_file
     config = vae.config
     if config['dim_mults'][0] != 1 or config['norm_scope'] != 'clip':
         raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
                          "network has the form dim_mults=(1, ...), norm_scope='clip' only")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
-    state = {diffusers_name(name, vae): value.cpu().contiguous() for name, value in vae.state_dict().items()}
-    save_file(state, folder / 'diffusion_pytorch_model.safetensors', metadata={'format': 'pt'})
-    (folder / 'config.json').write_text(json.dumps({
+    state = {diffusers_name(name, vae): value for name, value in vae.state_dict().items()}
+    write_pretrained(folder, state, {
         '_class_name': 'AutoencoderKLCogVideoX', **FIXED,
         'in_channels': config['in_channels'], 'out_channels': config['out_channels'],
         'latent_channels': config['latent_channels'], 'block_out_channels': channels,
@@ -84,7 +75,7 @@ def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: 
         'up_block_types': ['CogVideoXUpBlock3D'] * len(channels),
         'layers_per_block': config['blocks_per_level'], 'norm_num_groups': config['norm_groups'],
         'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor,
-    }, indent=2) + '\n')
+    })
 
 
 def causal_vae_from_sat(path: str | Path, time_compression: int = 4) -> CausalVAE:
@@ -129,7 +120,7 @@ def renamed(name: str, table: list[tuple[str, str]]) -> str:
     return name
 
 
-def load_renamed(vae: CausalVAE, state: dict[str, Tensor], their_name, path: Path) -> CausalVAE:
+def load_renamed(vae: nn.Module, state: dict[str, Tensor], their_name, path: str | Path) -> nn.Module:
     """Strict: every parameter is filled, every tensor of the file used, or an error lists what is wrong."""
     ours = vae.state_dict()
     names = {their_name(name, vae): name for name in ours}
@@ -139,13 +130,14 @@ def load_renamed(vae: CausalVAE, state: dict[str, Tensor], their_name, path: Pat
     pairs = [(theirs, state[theirs].shape, ours[name].shape) for theirs, name in both]
     wrong += [f'{theirs} has shape {tuple(a)}, expected {tuple(b)}' for theirs, a, b in pairs if a != b]
     if wrong:
-        raise ValueError(f'{path} does not fit the causal VAE:\n  ' + '\n  '.join(wrong))
+        raise ValueError(f'{path} does not fit the {type(vae).__name__}:\n  ' + '\n  '.join(wrong))
     vae.load_state_dict({name: state[theirs] for theirs, name in names.items()})
     return vae
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
+    path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
     index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
     if index:                                            # sharded: the index says which files belong together
@@ -160,8 +152,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def refuse_other_networks(config: dict, folder: Path):
-    other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
-    if config.get('_class_name') != 'AutoencoderKLCogVideoX' or other:
+def read_config(path: str | Path, class_name: str, fixed: dict) -> dict:
+    """The config.json that lies in a folder or beside a file; only what `class_name` and `fixed` say can be read."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if not (folder / 'config.json').is_file():
+        raise FileNotFoundError(f'{folder} holds no config.json: give the folder that save_pretrained wrote')
+    config = json.loads((folder / 'config.json').read_text())
+    other = {key: config[key] for key, value in fixed.items() if config.get(key, value) != value}
+    if config.get('_class_name') != class_name or other:
         raise ValueError(f"{folder}/config.json describes {config.get('_class_name')} with {other}: "
-                         f'only AutoencoderKLCogVideoX with {FIXED} can be read')
+                         f'only {class_name} with {fixed} can be read')
+    return config
+
+
+def write_pretrained(folder: str | Path, state: dict[str, Tensor], config: dict):
+    from safetensors.torch import save_file
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.cpu().contiguous() for name, value in state.items()}
+    save_file(state, folder / 'diffusion_pytorch_model.safetensors', metadata={'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')

@@ -33,6 +33,18 @@ def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: 
     return whole
 
 
+def in_chunks(function: Callable[[int, int], Tensor], frames: int, chunk: int) -> Tensor:
+    """The same along time: function(start, stop) -> those frames (b c f h w), `chunk` frames at a time."""
+    overlap = chunk // 4
+    whole = None
+    for start in starts(frames, chunk, overlap):
+        part = function(start, min(start + chunk, frames))
+        part = part * fade(part.shape[2], start, frames, overlap, part)[:, None, None]
+        whole = part.new_zeros(*part.shape[:2], frames, *part.shape[3:]) if whole is None else whole
+        whole[:, :, start:start + part.shape[2]] += part
+    return whole
+
+
 def starts(size: int, tile: int, overlap: int) -> list[int]:
     return list(range(0, max(1, size - overlap), tile - overlap))
 

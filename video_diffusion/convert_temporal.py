@@ -1,0 +1,86 @@
+"""Read the weights of diffusers' `AutoencoderKLTemporalDecoder`, and write them back.
+
+    vae = temporal_vae_from_diffusers('stable-video-diffusion/vae')     # config.json and *.safetensors
+    temporal_vae_to_diffusers(vae, 'my-vae')
+
+Names are translated by the table below. Two tensors differ in form: queries, keys and values are three layers there and
+one here, and a temporal convolution's kernel, 3x1x1 there, has no last axis here (see TemporalConv).
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from video_diffusion.convert_vae import load_renamed, read_config, read_safetensors, renamed, write_pretrained
+from video_diffusion.temporal_vae import TemporalVAE
+
+# Applied in this order to our name of a parameter.
+TO_DIFFUSERS = [
+    (r'(decoder\.(?:middle\d|levels\.\d+\.\d+))\.(norm|conv)', r'\1.temporal_res_block.\2'),
+    (r'\.spatial\.', '.spatial_res_block.'),
+    (r'\.mix$', '.time_mixer.mix_factor'),
+    (r'encoder\.quant_conv', 'quant_conv'),
+    (r'\.norm_out\.', '.conv_norm_out.'),
+    (r'encoder\.levels\.(\d+)\.blocks', r'encoder.down_blocks.\1.resnets'),
+    (r'encoder\.levels\.(\d+)\.downsample', r'encoder.down_blocks.\1.downsamplers.0.conv'),
+    (r'decoder\.levels\.(\d+)\.0\.upsample', lambda m: f'decoder.up_blocks.{int(m[1]) - 1}.upsamplers.0.conv'),
+    (r'decoder\.levels\.(\d+)\.', r'decoder.up_blocks.\1.resnets.'),
+    (r'coder\.middle1', 'coder.mid_block.resnets.0'),
+    (r'coder\.middle_attention\.norm', 'coder.mid_block.attentions.0.group_norm'),
+    (r'coder\.middle_attention\.to_out', 'coder.mid_block.attentions.0.to_out.0'),
+    (r'coder\.middle_attention', 'coder.mid_block.attentions.0'),
+    (r'coder\.middle2', 'coder.mid_block.resnets.1'),
+    (r'\.shortcut\.', '.conv_shortcut.'),
+]
+
+
+def temporal_vae_from_diffusers(path: str | Path) -> TemporalVAE:
+    """A folder, or one file in it, as written by `AutoencoderKLTemporalDecoder.save_pretrained`, sharded or not."""
+    config = read_config(path, 'AutoencoderKLTemporalDecoder', {})
+    channels, blocks = config['block_out_channels'], config['layers_per_block']
+    vae = TemporalVAE(
+        in_channels=config['in_channels'], out_channels=config['out_channels'], latent_channels=config['latent_channels'],
+        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels), blocks_per_level=blocks)
+    vae.scaling_factor = config['scaling_factor']
+    # Its decoder creates these and never runs them: with one block per level the attention, with three the third.
+    unused = r'decoder\.mid_block\.' + ('attentions' if blocks == 1 else r'resnets\.([2-9]|\d\d)')
+    state = {name: w for name, w in read_safetensors(path).items() if not re.match(unused, name)}
+    return load_renamed(vae, ours_in_form(state), lambda name, _: renamed(name, TO_DIFFUSERS), path)
+
+
+def temporal_vae_to_diffusers(vae: TemporalVAE, folder: str | Path):
+    """Writes config.json and the weights, for `AutoencoderKLTemporalDecoder.from_pretrained`."""
+    config = vae.config
+    if config['dim_mults'][0] != 1 or config['norm_groups'] != 32:
+        raise ValueError(f"dim_mults={config['dim_mults']}, norm_groups={config['norm_groups']}: diffusers' network has the "
+                         'form dim_mults=(1, ...), norm_groups=32 only')
+    channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
+    state = {renamed(name, TO_DIFFUSERS): w for name, w in vae.state_dict().items()}
+    write_pretrained(folder, theirs_in_form(state), {
+        '_class_name': 'AutoencoderKLTemporalDecoder',
+        'in_channels': config['in_channels'], 'out_channels': config['out_channels'],
+        'latent_channels': config['latent_channels'], 'block_out_channels': channels,
+        'down_block_types': ['DownEncoderBlock2D'] * len(channels),
+        'layers_per_block': config['blocks_per_level'], 'scaling_factor': vae.scaling_factor,
+    })
+
+
+def ours_in_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {name: w.squeeze(-1) if w.ndim == 5 else w for name, w in state.items()}
+    for q in [name for name in state if '.to_q.' in name]:
+        three = [q.replace('.to_q.', f'.to_{kind}.') for kind in 'qkv']
+        if all(name in state for name in three):
+            state[q.replace('.to_q.', '.to_qkv.')] = torch.cat([state.pop(name) for name in three])
+    return state
+
+
+def theirs_in_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    result = {}
+    for name, w in state.items():
+        if '.to_qkv.' in name:
+            result |= {name.replace('.to_qkv.', f'.to_{kind}.'): part for kind, part in zip('qkv', w.chunk(3))}
+        else:
+            result[name] = w.unsqueeze(-1) if w.shape[2:] == (3, 1) else w
+    return result

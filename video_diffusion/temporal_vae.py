@@ -1,0 +1,303 @@
+"""A VAE whose encoder sees images and whose decoder sees time: the autoencoder of Stable Video Diffusion.
+
+Blattmann et al. 2023 (arXiv 2311.15127) took the autoencoder of an image model and taught only its decoder
+about time, so that decoded frames do not flicker. Height and width are compressed 8x, time is not.
+
+    video     b 3 f 256 256                        the encoder: images, each frame alone
+    latent    b 4 f  32  32
+    video     b 3 f 256 256                        the decoder: every residual block is two,
+
+        x -> spatial block, 3x3 on each frame -> s -> temporal block, 3x1x1 -> t      s + weight * (t - s)
+
+The temporal block is itself residual, t = s + r, so the blend is `s + weight * r`, weight = sigmoid of one
+learnt number. Frames that `image_only` marks have weight 0: they do not depend on the other frames at all.
+
+Compare causal_vae.py, which compresses time too, treats it in the encoder as well and never looks ahead.
+
+**Memory.** Feature maps are channels-last, b f h w c in memory: then a frame is an image and (f, h w) is one, too,
+without a copy. Without gradients a frame at a time goes through the spatial block; the temporal block takes the
+statistics of its norms first and then needs three frames at a time, so that two feature maps are all there is.
+
+    vae = TemporalVAE()
+    z = vae.encode(video).mode()                   # (1, 3, 14, 256, 256) -> (1, 4, 14, 32, 32)
+    video = vae.decode(z, chunk=8, tile=256)       # optional: 8 frames at a time, tiles of 256 pixels, blended
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from video_diffusion.attention import SpatialSelfAttention
+from video_diffusion.causal_blocks import conv_per_frame, doubled_conv, silu
+from video_diffusion.causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video
+from video_diffusion.context_parallel import empty_clip, steps
+from video_diffusion.gaussian import DiagonalGaussian
+from video_diffusion.tiling import in_chunks, in_tiles
+
+
+class ImageBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, and a shortcut: (n c h w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(silu(self.norm1(x)))                                          # n out h w
+        h = self.conv2(silu(self.norm2(h)))
+        return h.add_(self.shortcut(x))                  # no gradient asks for what a convolution put out
+
+
+class TemporalConv(nn.Conv2d):
+    """A 3x1x1 convolution, as a 2-D one of 3x1 over (f, h w): the same numbers, and on a CPU twice as fast."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, (3, 1))
+
+    def forward(self, x: Tensor, pad: int = 1) -> Tensor:
+        y = F.conv2d(x.flatten(3), self.weight, self.bias, padding=(pad, 0))         # b c f (h w)
+        return y.unflatten(3, x.shape[3:])
+
+
+class ClipNorm(nn.GroupNorm):
+    """Group norm over all frames of a clip and SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu(super().forward(x))
+
+    def prepare(self, x: Tensor):
+        """Without gradients, a few frames at a time: a function (start, stop) -> those frames of forward(x)."""
+        b, c, _, h, w = x.shape
+        # torch's group norm tells the statistics of each frame; equal parts combine to the whole's.
+        means, rstds = zip(*[torch.native_group_norm(frame, None, None, b, c, h * w, self.num_groups, self.eps)[1:]
+                             for frame in x.unbind(2)])
+        mean, var = torch.stack(means, -1), torch.stack(rstds, -1) ** -2 - self.eps                 # b g f
+        var = var.mean(-1) + mean.var(-1, unbiased=False)                                           # b g
+        scale, mean = (t.repeat_interleave(c // self.num_groups, dim=1) for t in ((var + self.eps).rsqrt(), mean.mean(-1)))
+        scale = scale * self.weight                                                                 # b c
+        shift = self.bias - mean * scale
+        scale, shift = (t[:, :, None, None, None].to(x.dtype) for t in (scale, shift))
+        return lambda start, stop: silu(torch.addcmul(shift, x[:, :, start:stop], scale))
+
+
+def normed_conv(x: Tensor, norm: ClipNorm, conv: TemporalConv, reuse: bool = False) -> Tensor:
+    """conv(norm(x)); `reuse` says that x is not needed afterwards."""
+    if torch.is_grad_enabled():
+        return conv(norm(x))
+    normed, frames = norm.prepare(x), x.shape[2]
+    out = x if reuse else torch.empty_like(x)
+    nothing = torch.zeros_like(x[:, :, :1])                                          # around the clip
+    behind = torch.cat([nothing, normed(0, 1)], dim=2)                               # frames start - 1 and start
+    for start, stop in steps(x, unit=1):
+        ahead = normed(start + 1, min(stop + 1, frames))
+        window = torch.cat([behind, ahead, nothing] if stop == frames else [behind, ahead], dim=2)
+        behind = window[:, :, -2:]
+        out[:, :, start:stop] = conv(window, pad=0)
+    return out
+
+
+class VideoBlock(nn.Module):
+    """A block on each frame, then one along time, which is added with a learnt weight: (b c f h w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, upsample: bool = False):
+        super().__init__()
+        self.upsample = nn.Conv2d(in_channels, in_channels, 3, padding=1) if upsample else None
+        self.spatial = ImageBlock(in_channels, out_channels, groups)
+        self.norm1 = ClipNorm(groups, out_channels)                                  # the temporal block
+        self.conv1 = TemporalConv(out_channels)
+        self.norm2 = ClipNorm(groups, out_channels)
+        self.conv2 = TemporalConv(out_channels)
+        self.mix = nn.Parameter(torch.zeros(1))                                      # of time, before the sigmoid
+
+    def forward(self, x: Tensor, image_only: Tensor | None) -> Tensor:
+        if self.upsample is None:
+            x = per_frame(self.spatial, x, reuse=True)                               # b out f h w
+        else:                                 # in one go, so that the doubled frames are never all in memory
+            x = per_frame(lambda frames: self.spatial(doubled_conv(frames, self.upsample)), x, growth=4)     # b out f 2h 2w
+        h = normed_conv(x, self.norm1, self.conv1)
+        h = normed_conv(h, self.norm2, self.conv2, reuse=True)
+        weight = self.mix.sigmoid()
+        if image_only is not None:
+            weight = weight * ~image_only[:, None, :, None, None]                    # b 1 f 1 1
+        return torch.addcmul(x, h, weight.to(x.dtype), out=None if torch.is_grad_enabled() else x)
+
+
+def per_frame(function, x: Tensor, growth: float = 1., reuse: bool = False) -> Tensor:
+    """function on every frame as an image of its own; without gradients a few frames at a time (see `steps`)."""
+    if torch.is_grad_enabled():
+        return conv_per_frame(function, x)
+    out = None
+    for start, stop in steps(x, unit=1, growth=growth):
+        y = conv_per_frame(function, x[:, :, start:stop])
+        if out is None:
+            out = x if reuse and y.shape[1] == x.shape[1] else empty_clip(y, x.shape[2])
+        out[:, :, start:stop] = y
+    return out
+
+
+class ImageLevel(nn.Module):
+    """Blocks at one resolution, and the way to the next one (None after the last)."""
+
+    def __init__(self, channels: list[int], groups: int, downsample: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList([ImageBlock(a, b, groups) for a, b in pairwise(channels)])
+        self.downsample = nn.Conv2d(channels[-1], channels[-1], 3, stride=2) if downsample else None
+
+
+class Encoder(nn.Module):
+    """A frame (n c h w) -> mean and log-variance (n 2*latent h/8 w/8)."""
+
+    def __init__(self, in_channels: int, latent_channels: int, dims: list[int], blocks: int, groups: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, dims[0], 3, padding=1)
+        self.levels = nn.ModuleList([
+            ImageLevel([before, *[here] * blocks], groups, downsample=i < len(dims) - 1)
+            for i, (before, here) in enumerate(pairwise([dims[0], *dims]))])
+        self.middle1 = ImageBlock(dims[-1], dims[-1], groups)
+        self.middle_attention = SpatialSelfAttention(dims[-1], groups)
+        self.middle2 = ImageBlock(dims[-1], dims[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, dims[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(dims[-1], 2 * latent_channels, 3, padding=1)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+
+    def forward(self, x: Tensor, run) -> Tensor:
+        x = self.conv_in(x)                                                          # n dims[0] h w
+        for level in self.levels:
+            for block in level.blocks:
+                x = run(block, x)
+            if level.downsample is not None:
+                x = level.downsample(F.pad(x, (0, 1, 0, 1)))                         # right and bottom
+        for block in (self.middle1, self.middle_attention, self.middle2):
+            x = run(block, x)                                                        # n dims[-1] hz wz
+        return self.quant_conv(self.conv_out(silu(self.norm_out(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (b latent f hz wz) -> video (b out f h w)."""
+
+    def __init__(self, out_channels: int, latent_channels: int, dims: list[int], blocks: int, groups: int):
+        super().__init__()
+        dims = dims[::-1]
+        self.conv_in = nn.Conv2d(latent_channels, dims[0], 3, padding=1)
+        # The public network's middle: with one block per level it is one block and no attention.
+        self.middle1 = VideoBlock(dims[0], dims[0], groups)
+        self.middle_attention = SpatialSelfAttention(dims[0], groups) if blocks > 1 else None
+        self.middle2 = VideoBlock(dims[0], dims[0], groups) if blocks > 1 else None
+        self.levels = nn.ModuleList([
+            nn.ModuleList([VideoBlock(before, here, groups, upsample=i > 0),
+                           *[VideoBlock(here, here, groups) for _ in range(blocks)]])
+            for i, (before, here) in enumerate(pairwise([dims[0], *dims]))])
+        self.norm_out = nn.GroupNorm(groups, dims[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(dims[-1], out_channels, 3, padding=1)
+        self.time_conv_out = TemporalConv(out_channels)
+
+    def forward(self, z: Tensor, image_only: Tensor | None, run) -> Tensor:
+        z = z.contiguous(memory_format=torch.channels_last_3d)
+        x = per_frame(self.conv_in, z, growth=self.conv_in.out_channels / z.shape[1])           # b dims[0] f hz wz
+        x = run(self.middle1, x, image_only)
+        if self.middle_attention is not None:
+            x = run(per_frame, self.middle_attention, x)
+            x = run(self.middle2, x, image_only)
+        for level in self.levels:
+            for block in level:
+                x = run(block, x, image_only)                                                   # at last b dims[-1] f h w
+        x = per_frame(lambda frames: self.conv_out(silu(self.norm_out(frames))), x)             # b out f h w
+        y = self.time_conv_out(x)
+        if image_only is None:
+            return y
+        alone = rearrange(x, 'b c f h w -> (b f) c 1 h w')                                      # a clip of one frame each
+        alone = rearrange(self.time_conv_out(alone), '(b f) c 1 h w -> b c f h w', b=x.shape[0])
+        return torch.where(image_only[:, None, :, None, None], alone, y)
+
+
+class TemporalVAE(nn.Module):
+    scaling_factor = 0.18215        # of the pretrained weights: latents times this have unit variance
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 4,
+        dim: int = 128,                       # channels of the first level
+        dim_mults: tuple = (1, 2, 4, 4),      # channels of each level, in dims; h and w halve between levels
+        blocks_per_level: int = 2,            # in the encoder; the decoder has one more
+        norm_groups: int = 32,
+        gradient_checkpointing: bool = False, # recompute blocks in the backward pass: less memory, more time
+    ):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
+        dims = [round(dim * mult) for mult in dim_mults]
+        if wrong := [channels for channels in dims if channels % norm_groups]:
+            raise ValueError(f'norm_groups={norm_groups} does not divide the {wrong[0]} channels of a level: '
+                             'choose dim and dim_mults so that it does')
+        self.time_compression, self.space_compression = 1, 2 ** (len(dims) - 1)
+        self.latent_channels, self.out_channels = latent_channels, out_channels
+        self.gradient_checkpointing = gradient_checkpointing
+        self.encoder = Encoder(in_channels, latent_channels, dims, blocks_per_level, norm_groups)
+        self.decoder = Decoder(out_channels, latent_channels, dims, blocks_per_level, norm_groups)
+
+    def forward(self, video: Tensor, sample: bool = True, generator: torch.Generator | None = None,
+                image_only: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """(b c f h w) in [0, 1] -> its reconstruction and the posterior; `sample=False` decodes the mode."""
+        posterior = self.encode(video)
+        z = posterior.sample(generator) if sample else posterior.mode()
+        return self.decode(z, image_only=image_only), posterior
+
+    def encode(self, video: Tensor, chunk: int | None = None, tile: int | None = None) -> DiagonalGaussian:
+        """(b c f h w) in [0, 1] -> the distribution over latents (b latent_channels f h/8 w/8).
+
+        `chunk` frames at a time, which changes nothing, in tiles of `tile` pixels, which changes the norms' statistics.
+        """
+        refuse_bad_video(self, video)
+        refuse_bad_pieces(self, chunk, tile, 1)
+        if tile is not None:
+            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
+        else:
+            moments = self._moments(video, chunk)
+        return DiagonalGaussian.from_moments(moments)
+
+    def decode(self, z: Tensor, frames: int | None = None, chunk: int | None = None, tile: int | None = None,
+               image_only: Tensor | None = None) -> Tensor:
+        """Latents (b latent_channels f hz wz) -> video (b c f h w), [0, 1] but not clamped.
+
+        `image_only` (b f), bool: these frames are images and have nothing to do with their neighbours. `chunk`
+        frames at a time, in tiles of `tile` pixels, both blended where they overlap: close to the whole, not equal.
+        `frames`, if given, must be f: time is not compressed here, as it is in the other VAE.
+        """
+        refuse_bad_latent(self, z)
+        refuse_bad_pieces(self, chunk, tile, 1)
+        if frames not in (None, z.shape[2]):
+            raise ValueError(f'frames={frames}: {z.shape[2]} latent frames stand for as many frames')
+        if image_only is not None and (image_only.dtype != torch.bool or image_only.shape != (z.shape[0], z.shape[2])):
+            raise ValueError(f'image_only of shape {tuple(image_only.shape)}, {image_only.dtype}: give one bool '
+                             f'for each frame, ({z.shape[0]}, {z.shape[2]})')
+        if tile is not None:
+            scale = self.space_compression
+            return in_tiles(lambda part: self._video(part, chunk, image_only), z, tile // scale, scale)
+        return self._video(z, chunk, image_only)
+
+    def _moments(self, video: Tensor, chunk: int | None) -> Tensor:
+        x = (video * 2 - 1).contiguous(memory_format=torch.channels_last_3d)
+        growth = self.config['dim'] / x.shape[1]                     # frame -> first feature map
+        return torch.cat([per_frame(lambda frames: self.encoder(frames, self._run), part, growth)
+                          for part in x.split(chunk or x.shape[2], dim=2)], dim=2)
+
+    def _video(self, z: Tensor, chunk: int | None, image_only: Tensor | None) -> Tensor:
+        def decode(start, stop):
+            return self.decoder(z[:, :, start:stop], image_only if image_only is None else image_only[:, start:stop], self._run)
+        x = in_chunks(decode, z.shape[2], chunk) if chunk is not None else decode(0, z.shape[2])
+        return (x + 1) / 2
+
+    def _run(self, block, *args) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
