@@ -1,8 +1,11 @@
-"""The causal VAE against diffusers': time and peak memory, same weights, a fresh process for every number.
+"""The VAEs against diffusers': time and peak memory, same weights, a fresh process for every number.
 
     python tests/bench_vae.py                                  on the CPU, a network of half the width
     python tests/bench_vae.py --dim 128 --cases image 17x64x64 the full width
     python tests/bench_vae.py --device cuda --dim 128 --dtype bfloat16 --cases image 49x480x720
+    python tests/bench_vae.py --dim 128 --cases temporal       the temporal-decoder VAE, 14x256x256
+
+`temporal` is TemporalVAE, every other case CausalVAE.
 
 Memory is what the operation needs beyond the loaded model: on the CPU the peak of the resident set less what
 was resident before, on CUDA `max_memory_allocated` less what was allocated. Time on the CPU is that of the
@@ -30,15 +33,15 @@ def main():
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', default='float32')
     parser.add_argument('--cases', nargs='+',
-                        default=['image', '17x64x64', '49x128x128', 'stream', 'processes'])
+                        default=['image', '17x64x64', '49x128x128', 'stream', 'temporal', 'processes'])
     parser.add_argument('--repeat', type=int, default=1)
     parser.add_argument('--job', help='used by this script itself')
     args = parser.parse_args()
     if args.job:
         return print(json.dumps(run_job(json.loads(args.job))))
     with tempfile.TemporaryDirectory() as folder:
-        save_weights(folder, args.dim)
-        common = dict(folder=folder, device=args.device, dtype=args.dtype, repeat=args.repeat)
+        save_weights(folder, args.dim, args.cases)
+        common = dict(folder=f'{folder}/causal', device=args.device, dtype=args.dtype, repeat=args.repeat)
         print(f'dim {args.dim}, {args.dtype} on {args.device}, torch {torch.__version__}\n')
         if pairs := [case for case in args.cases if case != 'processes']:
             compare(pairs, common)
@@ -50,10 +53,12 @@ def compare(cases, common):
     print('| case | ours s | theirs s | ours / theirs | ours MB | theirs MB | ours / theirs |')
     print('| --- | --- | --- | --- | --- | --- | --- |', flush=True)
     for case in cases:
-        size = {'image': '1x256x256', 'stream': '121x64x64'}.get(case, case)
+        size = {'image': '1x256x256', 'stream': '121x64x64', 'temporal': '14x256x256'}.get(case, case)
         for direction in ['decode'] if case == 'stream' else ['encode', 'decode']:
-            for mode in {'image': ['whole'], 'stream': ['chunks']}.get(case, ['whole', 'chunks']):
+            for mode in {'image': ['whole'], 'temporal': ['whole'], 'stream': ['chunks']}.get(case, ['whole', 'chunks']):
                 job = dict(common, size=size, direction=direction, mode=mode, stream=case == 'stream')
+                if case == 'temporal':
+                    job['folder'] = job['folder'].replace('causal', 'temporal')
                 ours, theirs = (answer(start_process(dict(job, who=who))) for who in ('ours', 'theirs'))
                 cells = [f'{ours[k]:{form}} | {theirs[k]:{form}} | {ours[k] / theirs[k]:.2f}'
                          for k, form in [('s', '.2f'), ('mb', '.0f')]]
@@ -92,12 +97,17 @@ def answer(child):
 
 # ---- in the process that is measured
 
-def save_weights(folder, dim):
-    from diffusers import AutoencoderKLCogVideoX
+def save_weights(folder, dim, cases):
+    from diffusers import AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder
     torch.manual_seed(0)
-    AutoencoderKLCogVideoX(
-        block_out_channels=(dim, 2 * dim, 2 * dim, 4 * dim), down_block_types=('CogVideoXDownBlock3D',) * 4,
-        up_block_types=('CogVideoXUpBlock3D',) * 4).save_pretrained(folder)
+    if cases != ['temporal']:
+        AutoencoderKLCogVideoX(
+            block_out_channels=(dim, 2 * dim, 2 * dim, 4 * dim), down_block_types=('CogVideoXDownBlock3D',) * 4,
+            up_block_types=('CogVideoXUpBlock3D',) * 4).save_pretrained(f'{folder}/causal')
+    if 'temporal' in cases:
+        AutoencoderKLTemporalDecoder(
+            block_out_channels=(dim, 2 * dim, 4 * dim, 4 * dim), layers_per_block=2,
+            down_block_types=('DownEncoderBlock2D',) * 4).save_pretrained(f'{folder}/temporal')
 
 
 def run_job(job):
@@ -106,7 +116,8 @@ def run_job(job):
     operation = (ours if job['who'] == 'ours' else theirs)(job, device, dtype)
     torch.manual_seed(0)
     video = torch.rand(1, 3, frames, height, width, device=device, dtype=dtype)
-    z = torch.randn(1, 16, 1 + (frames - 1) // 4, height // 8, width // 8, device=device, dtype=dtype)
+    channels, latents = (4, frames) if is_temporal(job) else (16, 1 + (frames - 1) // 4)
+    z = torch.randn(1, channels, latents, height // 8, width // 8, device=device, dtype=dtype)
     x = z if job['direction'] == 'decode' else video
     if device.type == 'cuda':
         operation(x)                                 # cuDNN chooses its algorithms
@@ -118,10 +129,16 @@ def run_job(job):
                 sent=sum(sent) / 2 ** 20 / job['repeat'])
 
 
+def is_temporal(job):
+    return job['folder'].endswith('temporal')
+
+
 def ours(job, device, dtype):
     from video_diffusion.context_parallel import split_frames
+    from video_diffusion.convert_temporal import temporal_vae_from_diffusers
     from video_diffusion.convert_vae import causal_vae_from_diffusers
-    vae = causal_vae_from_diffusers(job['folder']).to(device, dtype).eval()
+    read = temporal_vae_from_diffusers if is_temporal(job) else causal_vae_from_diffusers
+    vae = read(job['folder']).to(device, dtype).eval()
     chunks = job['mode'] == 'chunks'
     if 'rank' in job:
         return shared(job, vae, split_frames)
@@ -137,7 +154,12 @@ def ours(job, device, dtype):
 
 
 def theirs(job, device, dtype):
-    from diffusers import AutoencoderKLCogVideoX
+    from diffusers import AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder
+    if is_temporal(job):                             # frames are a batch of images, and come back as one
+        vae = AutoencoderKLTemporalDecoder.from_pretrained(job['folder']).to(device, dtype).eval()
+        if job['direction'] == 'decode':
+            return torch.no_grad()(lambda z: vae.decode(z[0].transpose(0, 1), num_frames=z.shape[2]).sample)
+        return torch.no_grad()(lambda video: vae.encode(video[0].transpose(0, 1)).latent_dist)
     vae = AutoencoderKLCogVideoX.from_pretrained(job['folder']).to(device, dtype).eval()
     if job['mode'] == 'whole':
         vae.num_latent_frames_batch_size = vae.num_sample_frames_batch_size = 10 ** 6

@@ -40,10 +40,11 @@ from video_diffusion.tiling import in_chunks, in_tiles
 
 
 class ImageBlock(nn.Module):
-    """Norm, SiLU, 3x3 convolution, twice, and a shortcut: (n c h w)."""
+    """Norm, SiLU, 3x3 convolution, twice, and a shortcut: (n c h w). `upsample`: double the size before."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int):
+    def __init__(self, in_channels: int, out_channels: int, groups: int, upsample: bool = False):
         super().__init__()
+        self.upsample = nn.Conv2d(in_channels, in_channels, 3, padding=1) if upsample else None
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
@@ -52,6 +53,8 @@ class ImageBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.upsample is not None:
+            x = doubled_conv(x, self.upsample)                                       # n in 2h 2w
         h = self.conv1(silu(self.norm1(x)))                                          # n out h w
         h = self.conv2(silu(self.norm2(h)))
         return h.add_(self.shortcut(x))                  # no gradient asks for what a convolution put out
@@ -81,9 +84,9 @@ class ClipNorm(nn.GroupNorm):
         means, rstds = zip(*[torch.native_group_norm(frame, None, None, b, c, h * w, self.num_groups, self.eps)[1:]
                              for frame in x.unbind(2)])
         mean, var = torch.stack(means, -1), torch.stack(rstds, -1) ** -2 - self.eps                 # b g f
-        var = var.mean(-1) + mean.var(-1, unbiased=False)                                           # b g
-        scale, mean = (t.repeat_interleave(c // self.num_groups, dim=1) for t in ((var + self.eps).rsqrt(), mean.mean(-1)))
-        scale = scale * self.weight                                                                 # b c
+        rstd, mean = (var.mean(-1) + mean.var(-1, unbiased=False) + self.eps).rsqrt(), mean.mean(-1)
+        rstd, mean = (t.repeat_interleave(c // self.num_groups, dim=1) for t in (rstd, mean))       # b c
+        scale = rstd * self.weight
         shift = self.bias - mean * scale
         scale, shift = (t[:, :, None, None, None].to(x.dtype) for t in (scale, shift))
         return lambda start, stop: silu(torch.addcmul(shift, x[:, :, start:stop], scale))
@@ -93,36 +96,35 @@ def normed_conv(x: Tensor, norm: ClipNorm, conv: TemporalConv, reuse: bool = Fal
     """conv(norm(x)); `reuse` says that x is not needed afterwards."""
     if torch.is_grad_enabled():
         return conv(norm(x))
-    normed, frames = norm.prepare(x), x.shape[2]
+    frames, normed, cuts = x.shape[2], norm.prepare(x), steps(x, unit=1)
     out = x if reuse else torch.empty_like(x)
-    nothing = torch.zeros_like(x[:, :, :1])                                          # around the clip
-    behind = torch.cat([nothing, normed(0, 1)], dim=2)                               # frames start - 1 and start
-    for start, stop in steps(x, unit=1):
-        ahead = normed(start + 1, min(stop + 1, frames))
-        window = torch.cat([behind, ahead, nothing] if stop == frames else [behind, ahead], dim=2)
-        behind = window[:, :, -2:]
-        out[:, :, start:stop] = conv(window, pad=0)
+    window = empty_clip(x, 2 + cuts[0][1])                                           # frames start-1 ... stop
+    window[:, :, :1] = 0                                                             # nothing is before the clip
+    window[:, :, 1:2] = normed(0, 1)
+    for start, stop in cuts:
+        here = window[:, :, :2 + stop - start]
+        if stop < frames:
+            here[:, :, 2:] = normed(start + 1, stop + 1)
+        else:
+            here[:, :, 2:-1] = normed(start + 1, stop)
+            here[:, :, -1:] = 0                                                      # and nothing after it
+        out[:, :, start:stop] = conv(here, pad=0)
+        window[:, :, :2] = here[:, :, -2:].clone()
     return out
 
 
-class VideoBlock(nn.Module):
-    """A block on each frame, then one along time, which is added with a learnt weight: (b c f h w)."""
+class TemporalBlock(nn.Module):
+    """Norm over the clip, SiLU, 3x1x1 convolution, twice, added with a learnt weight: (b c f h w)."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, upsample: bool = False):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.upsample = nn.Conv2d(in_channels, in_channels, 3, padding=1) if upsample else None
-        self.spatial = ImageBlock(in_channels, out_channels, groups)
-        self.norm1 = ClipNorm(groups, out_channels)                                  # the temporal block
-        self.conv1 = TemporalConv(out_channels)
-        self.norm2 = ClipNorm(groups, out_channels)
-        self.conv2 = TemporalConv(out_channels)
-        self.mix = nn.Parameter(torch.zeros(1))                                      # of time, before the sigmoid
+        self.norm1 = ClipNorm(groups, channels)
+        self.conv1 = TemporalConv(channels)
+        self.norm2 = ClipNorm(groups, channels)
+        self.conv2 = TemporalConv(channels)
+        self.mix = nn.Parameter(torch.zeros(1))                                      # the weight before the sigmoid
 
     def forward(self, x: Tensor, image_only: Tensor | None) -> Tensor:
-        if self.upsample is None:
-            x = per_frame(self.spatial, x, reuse=True)                               # b out f h w
-        else:                                 # in one go, so that the doubled frames are never all in memory
-            x = per_frame(lambda frames: self.spatial(doubled_conv(frames, self.upsample)), x, growth=4)     # b out f 2h 2w
         h = normed_conv(x, self.norm1, self.conv1)
         h = normed_conv(h, self.norm2, self.conv2, reuse=True)
         weight = self.mix.sigmoid()
@@ -131,15 +133,20 @@ class VideoBlock(nn.Module):
         return torch.addcmul(x, h, weight.to(x.dtype), out=None if torch.is_grad_enabled() else x)
 
 
+def video_block(spatial: nn.Module, channels: int, groups: int) -> nn.ModuleDict:
+    return nn.ModuleDict({'spatial': spatial, 'temporal': TemporalBlock(channels, groups)})
+
+
 def per_frame(function, x: Tensor, growth: float = 1., reuse: bool = False) -> Tensor:
-    """function on every frame as an image of its own; without gradients a few frames at a time (see `steps`)."""
+    """function on every frame as an image of its own; without gradients a few frames at a time (see `steps`), and
+    with `reuse` in the memory of x, where they fit."""
     if torch.is_grad_enabled():
         return conv_per_frame(function, x)
     out = None
     for start, stop in steps(x, unit=1, growth=growth):
         y = conv_per_frame(function, x[:, :, start:stop])
         if out is None:
-            out = x if reuse and y.shape[1] == x.shape[1] else empty_clip(y, x.shape[2])
+            out = x if reuse and y.shape[1] == x.shape[1] and y.shape[3:] == x.shape[3:] else empty_clip(y, x.shape[2])
         out[:, :, start:stop] = y
     return out
 
@@ -188,14 +195,15 @@ class Decoder(nn.Module):
         super().__init__()
         dims = dims[::-1]
         self.conv_in = nn.Conv2d(latent_channels, dims[0], 3, padding=1)
-        # The public network's middle: with one block per level it is one block and no attention.
-        self.middle1 = VideoBlock(dims[0], dims[0], groups)
-        self.middle_attention = SpatialSelfAttention(dims[0], groups) if blocks > 1 else None
-        self.middle2 = VideoBlock(dims[0], dims[0], groups) if blocks > 1 else None
+        top = dims[0]
+        self.middle = nn.ModuleList([video_block(ImageBlock(top, top, groups), top, groups)])
+        if blocks > 1:        # with one block per level the public network has one block in the middle, no attention
+            spatial = nn.Sequential(SpatialSelfAttention(top, groups), ImageBlock(top, top, groups))
+            self.middle.append(video_block(spatial, top, groups))
         self.levels = nn.ModuleList([
-            nn.ModuleList([VideoBlock(before, here, groups, upsample=i > 0),
-                           *[VideoBlock(here, here, groups) for _ in range(blocks)]])
-            for i, (before, here) in enumerate(pairwise([dims[0], *dims]))])
+            nn.ModuleList([video_block(ImageBlock(before, here, groups, upsample=i > 0), here, groups),
+                           *[video_block(ImageBlock(here, here, groups), here, groups) for _ in range(blocks)]])
+            for i, (before, here) in enumerate(pairwise([top, *dims]))])
         self.norm_out = nn.GroupNorm(groups, dims[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(dims[-1], out_channels, 3, padding=1)
         self.time_conv_out = TemporalConv(out_channels)
@@ -203,13 +211,10 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, image_only: Tensor | None, run) -> Tensor:
         z = z.contiguous(memory_format=torch.channels_last_3d)
         x = per_frame(self.conv_in, z, growth=self.conv_in.out_channels / z.shape[1])           # b dims[0] f hz wz
-        x = run(self.middle1, x, image_only)
-        if self.middle_attention is not None:
-            x = run(per_frame, self.middle_attention, x)
-            x = run(self.middle2, x, image_only)
-        for level in self.levels:
-            for block in level:
-                x = run(block, x, image_only)                                                   # at last b dims[-1] f h w
+        for level in [self.middle, *self.levels]:
+            for block in level:       # two calls, so that the input of the first is freed before the second needs memory
+                x = run(per_frame, block['spatial'], x, 4, True)
+                x = run(block['temporal'], x, image_only)                                       # at last b dims[-1] f h w
         x = per_frame(lambda frames: self.conv_out(silu(self.norm_out(frames))), x)             # b out f h w
         y = self.time_conv_out(x)
         if image_only is None:
