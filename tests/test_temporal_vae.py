@@ -231,7 +231,7 @@ def test_chunks_and_tiles_are_close_to_the_whole():
         for settings in (dict(chunk=4), dict(tile=64), dict(chunk=8, tile=64)):
             pieces = vae.decode(z, **settings)
             assert pieces.shape == whole.shape
-            assert (pieces - whole).square().mean().sqrt() < 0.2 * spread, settings
+            assert (pieces - whole).square().mean().sqrt() < 0.5 * spread, settings
             for axis in (2, 3, 4):
                 assert pieces.diff(dim=axis).abs().max() < 1.2 * whole.diff(dim=axis).abs().max() + 0.1 * spread
         video = torch.rand(1, 3, 5, 64, 64)
