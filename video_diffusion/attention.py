@@ -12,7 +12,8 @@ one another.
 Each of these maps a video x (b, c, f, h, w) to `x + attention(norm(x))`. Others build on these:
 
     SpatialSelfAttention     the same for the images of an autoencoder: one head, group norm, b c h w
-    CrossAttention           rows (b, n, c) look at the rows of a context, for instance a caption's tokens
+    CrossAttention           rows (b, n, c) look at the rows of a context
+    TextAttention            the same for the pixels of a video and a caption's tokens, in the U-Net
     LinearAttention          rows (b, n, c) at one another, linear in n
 
 All share one softmax, `attend`; transformer.py builds on the second half.
@@ -186,6 +187,24 @@ class CrossAttention(nn.Module):
         k, v = rearrange(kv, 'b m (kv heads d) -> kv b heads m d', kv=2, heads=self.heads)
         out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
         return self.to_out(rearrange(out, 'b heads n d -> b n (heads d)'))
+
+
+class TextAttention(nn.Module):
+    """All pixels of a clip look at the tokens of its caption: b c f h w. A new one changes nothing."""
+
+    def __init__(self, dim: int, heads: int, token_dim: int, dim_head: int = 32):
+        super().__init__()
+        self.norm = ChannelNorm(dim)
+        self.attention = CrossAttention(dim, heads, dim_head, token_dim)
+        nn.init.zeros_(self.attention.to_out.weight)
+        nn.init.zeros_(self.attention.to_out.bias)
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (b m token_dim), mask (b m): see CrossAttention."""
+        f, h = x.shape[2:4]
+        x = rearrange(x, 'b c f h w -> b (f h w) c')
+        x = x + self.attention(self.norm(x), tokens, mask)
+        return rearrange(x, 'b (f h w) c -> b c f h w', f=f, h=h)
 
 
 def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class GaussianDiffusion(nn.Module):
         if negative is not None:
             if len(negative) not in (1, len(cond)):
                 raise ValueError(f'negative for {len(negative)} videos and cond for {len(cond)}: give one, or as many')
-            negative = negative.expand(cond.shape)
+            negative = negative.expand(len(cond), *negative.shape[1:])
         if first_frames is not None:
             known, known_mask = known_frames.beginning(first_frames, self.num_frames)
         if known is not None:
@@ -375,13 +375,17 @@ class GaussianDiffusion(nn.Module):
             return cond
         cond = [cond] if isinstance(cond, str) else list(cond)
         if self.text_encoder is not None:
-            return self.text_encoder(cond)
+            return self.encode(self.text_encoder, cond)
         if not getattr(self.denoise_fn, 'use_bert_text_cond', False):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
         if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
             self.bert = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
-        return self.bert(cond)
+        return self.encode(self.bert, cond)
+
+    def encode(self, encoder: nn.Module, texts: list[str]) -> Tensor:
+        """(b cond_dim), or (b n cond_dim) for a network that looks at the words."""
+        return encoder.tokens(texts) if getattr(self.denoise_fn, 'text_tokens', False) else encoder(texts)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])

@@ -5,13 +5,15 @@
     one vector per word, from a table or from BERT     (b, n, dim)
     mean over the words, not over the padding          (b, dim)
 
-Every encoder is a module with an attribute `dim` and `forward(texts) -> (b, dim)`, so that the rest of
-the library need not know which of the two it holds:
+Every encoder is a module with an attribute `dim`, `forward(texts) -> (b, dim)` and `tokens(texts) -> (b, n, dim)`, the
+words themselves, with rows of zeros as padding, for networks that look at them one by one (`Unet3D(text_tokens=True)`).
+So the rest of the library need not know which of the three it holds:
 
 - `WordEncoder` learns a table of word vectors together with the U-Net. Nothing is downloaded; good for
   small worlds with a few hundred words.
 - `BertEncoder` is a large frozen transformer that has read a lot of text (Devlin et al., "BERT", 2018,
   https://arxiv.org/abs/1810.04805). It knows word order, and words that no caption in your folder used.
+- `T5Encoder` is the encoder of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683), as CogVideoX uses it.
 
     encoder = WordEncoder(dim=64)
     cond = encoder(['a red ball rolls left', 'a blue square'])     # (2, 64)
@@ -69,6 +71,14 @@ class WordEncoder(nn.Module):
         return {'kind': 'words', 'dim': self.dim, 'buckets': self.buckets}
 
     def forward(self, texts: list[str]) -> torch.Tensor:
+        return masked_mean(*self.states(texts))                                                       # b dim
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        vectors, keep = self.states(texts)
+        return vectors * keep.unsqueeze(-1)                                                           # b n dim
+
+    def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The vectors of the words (b n dim), and which of them are not padding (b n)."""
         check_texts(texts)
         device = self.words.weight.device
         rows = [word_rows(text, self.buckets) for text in texts]
@@ -76,36 +86,41 @@ class WordEncoder(nn.Module):
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)   # b n
         lengths = torch.tensor([[len(row)] for row in rows])                                          # b 1
         keep = torch.arange(longest) < lengths                                                        # b n
-        return masked_mean(self.words(padded.to(device)), keep.to(device))                            # b dim
+        return self.words(padded.to(device)), keep.to(device)
 
 
 class BertEncoder(nn.Module):
-    """A frozen BERT, or another text encoder that transformers can load (DistilBERT, RoBERTa, T5, ...).
+    """A frozen BERT, or another text encoder that transformers can load (DistilBERT, RoBERTa, ...).
 
     pool='mean' averages the last layer over the tokens without [CLS] and padding; pool='cls' takes the
     [CLS] token, which BERT puts first to stand for the whole text. What a prompt has beyond the tokens
     that the model can read (512 for BERT) is cut off. `name_or_path` is a directory or a name on the hub.
+    dtype='bfloat16' halves the memory, on hardware that has it; the embeddings are float32 in any case.
     """
+    kind, model_class = 'bert', 'AutoModel'
 
-    def __init__(self, name_or_path: str = 'bert-base-cased', pool: str = 'mean'):
+    def __init__(self, name_or_path: str = 'bert-base-cased', pool: str = 'mean', dtype: str = 'float32'):
         super().__init__()
-        if pool not in ('mean', 'cls'):
-            raise ValueError(f"pool={pool!r}: choose 'mean' or 'cls'")
-        self.name_or_path, self.pool = str(name_or_path), pool
-        self.tokenizer, transformer = load_transformer(self.name_or_path)
+        for name, value, allowed in (('pool', pool, ('mean', 'cls')), ('dtype', dtype, ('float32', 'bfloat16'))):
+            if value not in allowed:
+                raise ValueError(f'{name}={value!r}: choose {allowed[0]!r} or {allowed[1]!r}')
+        self.name_or_path, self.pool, self.dtype = str(name_or_path), pool, dtype
+        self.tokenizer, transformer = load_transformer(self.name_or_path, self.model_class)
         if pool == 'cls' and self.tokenizer.cls_token is None:
             raise ValueError(f"pool='cls': {self.name_or_path!r} has no CLS token, so use pool='mean'")
 
         # The frozen weights are already on disk, so a training checkpoint should hold only their name.
         # Set behind nn.Module's back, the transformer is invisible to state_dict(), parameters() and
         # train(): not saved, not optimised, always in eval mode. So is it to .to(), hence `_apply` below.
-        object.__setattr__(self, 'transformer', transformer.float().eval().requires_grad_(False))
+        object.__setattr__(self, 'transformer', transformer.to(getattr(torch, dtype)).eval().requires_grad_(False))
         self.dim = transformer.config.hidden_size
         longest = getattr(transformer.config, 'max_position_embeddings', 512)
         self.max_tokens = min(longest, self.tokenizer.model_max_length)     # 1e30 where it has no limit
+        self.first = 0 if self.tokenizer.cls_token is None else 1           # the CLS token is no word
 
     def config(self) -> dict:
-        return {'kind': 'bert', 'name_or_path': self.name_or_path, 'pool': self.pool}
+        config = {'kind': self.kind, 'name_or_path': self.name_or_path, 'pool': self.pool}
+        return config if self.dtype == 'float32' else config | {'dtype': self.dtype}
 
     def _apply(self, fn, recurse=True):
         """.to(), .cuda() and .double() come through here, called on this module or on one around it."""
@@ -113,33 +128,72 @@ class BertEncoder(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, texts: list[str]) -> torch.Tensor:
+        vectors, keep = self.states(texts)
+        if self.pool == 'cls':
+            return vectors[:, 0]                                                                 # b dim
+        return masked_mean(vectors[:, self.first:], keep[:, self.first:])                        # b dim
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        vectors, keep = self.states(texts)
+        return vectors[:, self.first:] * keep[:, self.first:, None]                              # b n dim
+
+    def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer (b n dim), and which of its rows are not padding (b n)."""
         check_texts(texts)
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors='pt'
         ).to(self.transformer.device)
         ids, keep = tokens.input_ids, tokens.attention_mask                                      # b n
         vectors = self.transformer(input_ids=ids, attention_mask=keep).last_hidden_state         # b n dim
-        if self.pool == 'cls':
-            return vectors[:, 0]                                                                 # b dim
-        first = 0 if self.tokenizer.cls_token is None else 1        # T5 has no CLS token to leave out
-        return masked_mean(vectors[:, first:], keep[:, first:])                                  # b dim
+        return vectors.to(torch.promote_types(vectors.dtype, torch.float32)), keep
+
+
+class T5Encoder(BertEncoder):
+    """The frozen encoder half of a T5; the decoder is not even loaded. It has no CLS token, so pool is 'mean'."""
+    kind, model_class = 't5', 'T5EncoderModel'
+
+    def __init__(self, name_or_path: str = 'google/t5-v1_1-base', pool: str = 'mean', dtype: str = 'float32'):
+        super().__init__(name_or_path, pool, dtype)
+
+
+class CaptionCache:
+    """What a frozen encoder says about each caption, asked for once and kept on the CPU.
+
+    Each caption is embedded alone: beside others it would get their padding, and numbers that differ in the last digit
+    from run to run, depending on who stood beside it first. Beyond `limit` numbers nothing more is kept (4 bytes each).
+    """
+
+    def __init__(self, embed, limit: int = 2 ** 29):
+        self.embed, self.room, self.kept = embed, limit, {}
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """(b dim), or (b n dim) with zeros as padding where `embed` gives tokens."""
+        rows = [self.kept[text] if text in self.kept else self.ask(text) for text in texts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def ask(self, text: str) -> torch.Tensor:
+        row = self.embed([text])[0].cpu()                                                        # dim, or n dim
+        if row.numel() <= self.room:
+            self.kept[text], self.room = row, self.room - row.numel()
+        return row
 
 
 def text_encoder_from_config(config: dict) -> nn.Module:
     """The encoder that `config()` describes, before its weights are loaded."""
-    kinds = {'words': WordEncoder, 'bert': BertEncoder}
+    kinds = {'words': WordEncoder, 'bert': BertEncoder, 't5': T5Encoder}
     return kinds[config['kind']](**{key: value for key, value in config.items() if key != 'kind'})
 
 
-def load_transformer(name_or_path: str) -> tuple:
+def load_transformer(name_or_path: str, model_class: str) -> tuple:
     """Tokenizer and transformer, from a directory on disk or from the Hugging Face hub."""
     try:
-        from transformers import AutoModel, AutoTokenizer       # an extra: imported only where it is used
+        import transformers                                     # an extra: imported only where it is used
     except ImportError as error:
-        raise ImportError('BertEncoder needs transformers: pip install "video_diffusion[text]"') from error
+        raise ImportError('this text encoder needs transformers: pip install "video_diffusion[text]"') from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        transformer = AutoModel.from_pretrained(name_or_path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+        transformer = getattr(transformers, model_class).from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise ValueError(f'the text encoder {name_or_path!r} cannot be loaded: give a directory on disk that '
                          'holds its config, weights and vocabulary, or connect and download it') from error

@@ -25,6 +25,7 @@ from .distributed import Processes, best_device
 from .ema import EMA
 from .gif import video_tensor_to_gif
 from .loop import TrainingLoop
+from .text import CaptionCache
 
 
 class Trainer(TrainingLoop):
@@ -88,6 +89,9 @@ class Trainer(TrainingLoop):
                              'beside each clip.gif, or build the model without cond_dim')
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder}' + (', with captions' if dataset.captions else ''))
+        encoder = diffusion.text_encoder
+        learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
+        self.cache = None if learns else CaptionCache(diffusion.embed)      # each caption goes through a frozen encoder once
         self.model = diffusion
         if processes.world_size > 1:
             self.model = DistributedDataParallel(diffusion, broadcast_buffers=False)
@@ -112,10 +116,13 @@ class Trainer(TrainingLoop):
             draws['focus_present_mask'] = still | draws.get('focus_present_mask', still)
         if self.focus_present_mask is not None:
             draws['focus_present_mask'] = self.focus_present_mask.to(self.device)
+        cond = captions if self.use_captions else None
+        if cond is not None and self.cache is not None:
+            cond = self.cache(cond).to(self.device, non_blocking=True)
         # Processes average their gradients once per step, in the last backward pass.
         with nullcontext() if is_last or self.model is self.diffusion else self.model.no_sync():
             with self.autocast():
-                loss = self.model(videos, captions if self.use_captions else None, **draws)
+                loss = self.model(videos, cond, **draws)
             self.backward(loss)
         return loss.detach()
 

@@ -29,8 +29,9 @@ from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
-from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention
+from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
 from .guidance import guide
+from .text import masked_mean
 
 BERT_DIM = 768
 FRAME_EMBEDDING = 32  # sines and cosines that a frame's number becomes
@@ -109,17 +110,21 @@ class ResnetBlock(nn.Module):
 class Level(nn.Module):
     """All that happens at one resolution of one side of the U."""
 
-    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module):
+    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module,
+                 text: nn.Module | None):
         super().__init__()
         self.block1 = ResnetBlock(dim_in, dim_out, **resnet)
         self.block2 = ResnetBlock(dim_out, dim_out, **resnet)
         self.spatial_attention = spatial
         self.temporal_attention = temporal
+        self.text_attention = text
 
-    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool, text: tuple[Tensor, Tensor] | None) -> Tensor:
         x = self.block1(x, emb)
         x = self.block2(x, emb)
         x = self.spatial_attention(x)
+        if text is not None:
+            x = self.text_attention(x, *text)
         return self.temporal_attention(x, bias, frames_alone)
 
 
@@ -140,6 +145,7 @@ class Unet3D(nn.Module):
         resnet_groups: int = 8,
         frame_embedding: bool = False,       # tell the network which frame is which, not only how far apart two are
         cond_frames: bool = False,           # known frames and their mask are more input channels; see known_frames.py
+        text_tokens: bool = False,           # cond is a caption's tokens (b n cond_dim), for every pixel to look at
     ):
         super().__init__()
         # All that is needed to build this network again; checkpoints store it.
@@ -151,6 +157,10 @@ class Unet3D(nn.Module):
         self.use_bert_text_cond = use_bert_text_cond
         self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
         self.has_cond = self.cond_dim is not None
+
+        self.text_tokens = text_tokens
+        if text_tokens and not self.has_cond:
+            raise ValueError('text_tokens=True: give cond_dim, the width of the tokens')
 
         # Time and condition become one vector that every block but the last is modulated by.
         time_dim = 4 * dim
@@ -164,9 +174,12 @@ class Unet3D(nn.Module):
         def temporal(width):
             return TemporalAttention(width, attn_heads, attn_dim_head, rotary)
 
+        def text(width):
+            return TextAttention(width, attn_heads, time_dim) if text_tokens else None
+
         def level(width_in, width_out):
             spatial = SpatialLinearAttention(width_out, attn_heads) if use_sparse_linear_attn else nn.Identity()
-            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out))
+            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out), text=text(width_out))
 
         init_dim = init_dim or dim
         self.init_conv = FrameConv(2 * channels + 1 if cond_frames else channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
@@ -185,6 +198,7 @@ class Unet3D(nn.Module):
 
         self.mid_block1 = ResnetBlock(widths[-1], widths[-1], **resnet)
         self.mid_spatial_attention = SpatialAttention(widths[-1], attn_heads)
+        self.mid_text_attention = text(widths[-1])
         self.mid_temporal_attention = temporal(widths[-1])
         self.mid_block2 = ResnetBlock(widths[-1], widths[-1], **resnet)
 
@@ -196,11 +210,15 @@ class Unet3D(nn.Module):
         self.final_block = ResnetBlock(2 * init_dim, dim, groups=resnet_groups)
         self.final_conv = FrameConv(dim, out_dim or channels, 1)
 
+        if text_tokens:
+            self.to_tokens = nn.Sequential(nn.LayerNorm(self.cond_dim), nn.Linear(self.cond_dim, time_dim))
+            self.null_token = nn.Parameter(torch.randn(1, 1, time_dim))   # always there, so that there is one to look at
+
     def forward(
         self,
         x: Tensor,                                   # (b c f h w), noisy video in [-1, 1] plus noise
         time: Tensor,                                # (b), diffusion step
-        cond: Tensor | None = None,                  # (b cond_dim)
+        cond: Tensor | None = None,                  # (b cond_dim); with text_tokens (b n cond_dim), rows of zeros are padding
         null_cond_prob: float = 0.,                  # drop the condition of a sample with this probability
         focus_present_mask: Tensor | None = None,    # (b) bool: in these samples no frame sees another
         prob_focus_present: float = 0.,              # without a mask: draw one with this probability
@@ -224,26 +242,30 @@ class Unet3D(nn.Module):
         x = self.init_temporal_attention(x, self.time_bias(f))
         first = x
 
-        emb = self.time_mlp(time)
+        emb, text = self.time_mlp(time), None
         if self.has_cond:
             if null_cond_mask is None:
                 null_cond_mask = bernoulli(b, null_cond_prob, x.device)
+            if self.text_tokens:
+                cond, text = self.read_tokens(cond.to(emb.dtype), null_cond_mask)
             cond = torch.where(null_cond_mask[:, None], self.null_cond, cond.to(emb.dtype))
             emb = torch.cat((emb, cond), dim=-1)
 
         skips = []
         for level, downsample in zip(self.downs, self.downsamples):
-            x = level(x, emb, bias, frames_alone)
+            x = level(x, emb, bias, frames_alone, text)
             skips.append(x)
             x = downsample(x)
 
         x = self.mid_block1(x, emb)
         x = self.mid_spatial_attention(x)
+        if text is not None:
+            x = self.mid_text_attention(x, *text)
         x = self.mid_temporal_attention(x, bias, frames_alone)
         x = self.mid_block2(x, emb)
 
         for level, upsample in zip(self.ups, self.upsamples):
-            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone)
+            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone, text)
             x = upsample(x)
 
         x = self.final_block(torch.cat((x, first), dim=1))
@@ -273,6 +295,12 @@ class Unet3D(nn.Module):
         without = self(x, time, cond, null_cond_prob=1., **frames)
         return guide(with_cond, without, cond_scale)
 
+    def read_tokens(self, cond: Tensor, null_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Tokens (b n cond_dim) -> their mean (b cond_dim), and what pixels look at: (b 1+n time_dim) with mask (b 1+n)."""
+        keep = (cond != 0).any(dim=-1)
+        tokens = torch.cat((self.null_token.expand(len(cond), -1, -1), self.to_tokens(cond)), dim=1)
+        return masked_mean(cond, keep), (tokens, F.pad(keep & ~null_mask[:, None], (1, 0), value=True))
+
     def temporal_bias(
         self, batch: int, frames: int, mask: Tensor | None, prob: float,
     ) -> tuple[Tensor, bool]:
@@ -301,12 +329,13 @@ class Unet3D(nn.Module):
         if h % step or w % step:
             raise ValueError(f'frames of {h}x{w}: with {len(self.downs)} levels, height and width must be '
                              f'multiples of {step} ({step}, {2 * step}, {3 * step}, ...)')
+        expected = f'({x.shape[0]}, {"tokens, " if self.text_tokens else ""}{self.cond_dim})'
         if self.has_cond and cond is None:
-            raise ValueError(f'this model is conditional: give cond, a tensor of shape ({x.shape[0]}, {self.cond_dim})')
+            raise ValueError(f'this model is conditional: give cond, a tensor of shape {expected}')
         if not self.has_cond and cond is not None:
             raise ValueError('cond was given, but this model was built without cond_dim')
-        if self.has_cond and cond.shape != (x.shape[0], self.cond_dim):
-            raise ValueError(f'cond has shape {tuple(cond.shape)}: expected ({x.shape[0]}, {self.cond_dim})')
+        if self.has_cond and (cond.ndim != 2 + self.text_tokens or (cond.shape[0], cond.shape[-1]) != (x.shape[0], self.cond_dim)):
+            raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}')
 
 
 def with_known_frames(x: Tensor, known: Tensor | None, mask: Tensor | None) -> Tensor:
