@@ -42,7 +42,7 @@ def test_tokens_are_the_words_and_their_mean_is_the_vector(encoders, kind):
     torch.testing.assert_close(tokens.sum(1) / counts[:, None], encoder(PROMPTS))
     alone = encoder.tokens(PROMPTS[1:2])
     torch.testing.assert_close(alone, tokens[1:2, :alone.shape[1]], atol=1e-5, rtol=1e-5)
-    assert encoder.tokens(['']).abs().sum() == 0 or kind == 'bert'
+    assert kind != 'words' or encoder.tokens(['']).shape == (1, 0, 16)
 
 
 def test_t5_is_frozen_loads_no_decoder_and_is_rebuilt_from_its_config(encoders):
@@ -103,7 +103,7 @@ def test_padding_changes_nothing_and_each_word_something():
     padded = torch.cat([cond[:, :2], torch.zeros(2, 3, 16), cond[:, 2:]], dim=1)
     torch.testing.assert_close(unet(x, time, padded), out, atol=1e-5, rtol=1e-4)
     # With the same mean: the pooled vector does not tell these apart, only the tokens do.
-    swapped = cond + torch.tensor([1., -1., 0., 0.])[:, None]
+    swapped = cond + torch.tensor([1., -1., 0., 0.])[:, None] * torch.randn(16)
     assert (unet(x, time, swapped) - out).abs().max() > 1e-3
 
 
