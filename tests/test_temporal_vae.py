@@ -180,7 +180,8 @@ def few_frames(x, most):
 
 def test_steps_take_fewer_frames_of_what_grows():
     x = torch.empty(1, 2, 10, 2 ** 9, 2 ** 9)
-    assert steps(x, unit=1)[0] == (0, 4) and steps(x, unit=1, growth=4)[0] == (0, 1) and steps(x, unit=1, growth=64)[-1] == (9, 10)
+    assert steps(x, unit=1)[0] == (0, 4) and steps(x, unit=1, growth=4)[0] == (0, 1)
+    assert steps(x, unit=1, growth=64)[-1] == (9, 10)
 
 
 @pytest.mark.parametrize('h, w', [(1, 1), (3, 5)])

@@ -179,7 +179,8 @@ class Unet3D(nn.Module):
 
         def level(width_in, width_out):
             spatial = SpatialLinearAttention(width_out, attn_heads) if use_sparse_linear_attn else nn.Identity()
-            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out), text=text(width_out))
+            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out),
+                         text=text(width_out))
 
         init_dim = init_dim or dim
         self.init_conv = FrameConv(2 * channels + 1 if cond_frames else channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
