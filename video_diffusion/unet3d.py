@@ -335,7 +335,8 @@ class Unet3D(nn.Module):
             raise ValueError(f'this model is conditional: give cond, a tensor of shape {expected}')
         if not self.has_cond and cond is not None:
             raise ValueError('cond was given, but this model was built without cond_dim')
-        if self.has_cond and (cond.ndim != 2 + self.text_tokens or (cond.shape[0], cond.shape[-1]) != (x.shape[0], self.cond_dim)):
+        fits = cond is None or cond.ndim == 2 + self.text_tokens and cond.shape[::cond.ndim - 1] == (x.shape[0], self.cond_dim)
+        if self.has_cond and not fits:
             raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}')
 
 
