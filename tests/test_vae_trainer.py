@@ -137,7 +137,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
     whole = make_trainer(clips, tmp_path / 'whole', **settings)
     whole.train()
     first = make_trainer(clips, tmp_path / 'parts', **settings)
-    first.train(log_fn=lambda log: log['step'] == stop and os.kill(os.getpid(), signal.SIGTERM))
+    first.train(log_fn=lambda log: 'loss' in log and log['step'] == stop and os.kill(os.getpid(), signal.SIGTERM))
     assert first.step == stop + 1                 # the step that the signal came in was finished
     second = make_trainer(clips, tmp_path / 'parts', **settings)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def three_steps(rank, clips, results, sharers, scope, settings):
 
 @pytest.mark.parametrize('sharers, batch, scope', [(2, 2, 'frame'), (2, 2, 'clip'), (4, 4, 'frame'), (1, 1, 'frame')])
 def test_four_processes_that_share_clips_or_not_train_like_one(workers, clips, tmp_path, sharers, batch, scope):
-    settings = dict(**EVERYTHING, train_num_steps=3, save_and_sample_every=3, num_frames=8 if sharers == 4 else 5, seed=5)
+    settings = dict(**EVERYTHING, train_num_steps=3, save_and_sample_every=3, num_frames=8 if sharers == 4 else 5, seed=1)
     one = soften(make_trainer(clips, tmp_path / 'one', small_vae(norm_scope=scope), train_batch_size=4, **settings))
     kinds = {one.clips_or_images(torch.rand(1, 3, 5, 16, 16), number).shape[2] for number in range(3)}
     assert len(kinds) == 2                        # both images and clips
