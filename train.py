@@ -32,16 +32,16 @@ DEFAULTS = {
     'num_frames':       (8,          8,            8,          8),        # of the toy world; yours keep theirs up to max_frames
     'max_size':         (32,         64,           32,         128),
     'max_frames':       (8,          16,           8,          17),
-    'dim':              (16,         64,           8,          64),       # thin at first: on a CPU the full resolution costs most
-    'dim_mults':        ((1, 4, 8),  (1, 2, 4),    (1, 4, 8),  (1, 2, 4)),
+    'dim':              (16,         64,           16,         64),       # thin at first: on a CPU the full resolution costs most
+    'dim_mults':        ((1, 4, 8),  (1, 2, 4),    (1, 2),     (1, 2, 4)),
     'attn_dim_head':    (8,          32,           None,       None),
     'linear_attention': (False,      True,         None,       None),
     'time_compression': (None,       None,         2,          4),
     'latent_channels':  (None,       None,         4,          4),
     'batch_size':       (8,          64,           4,          16),
     'lr':               (2e-3,       5e-4,         2e-3,       2e-4),
-    'steps':            (1600,       10000,        1600,       20000),
-    'sample_every':     (400,        1000,         400,        1000),
+    'steps':            (1600,       10000,        2000,       20000),
+    'sample_every':     (400,        1000,         500,        1000),
 }
 
 

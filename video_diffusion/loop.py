@@ -237,6 +237,9 @@ class TrainingLoop:
         if state['config'] != self.config():
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.config()}')
+        missing = [name for name in self.parts if name not in state]
+        if missing:
+            raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']
