@@ -87,8 +87,8 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     out, name = Path(args.out), Path(args.reconstruct).stem
     video_tensor_to_gif(again[0], out / f'{name}.gif')
     video_tensor_to_gif(torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0], out / f'{name}-compared.gif')
-    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.gif, {psnr(video, again).item():.1f} dB PSNR; '
-          f'beside the clip, with four times the difference: {out / name}-compared.gif')
+    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.gif, '
+          f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: {out / name}-compared.gif')
 
 
 def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:

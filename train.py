@@ -48,7 +48,8 @@ DEFAULTS = {
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    diffusion, vae = (parser.add_argument_group(f'only with --stage {stage}') for stage in ('diffusion', 'vae'))
+    groups = {stage: parser.add_argument_group(f'only with --stage {stage}') for stage in ('diffusion', 'vae')}
+    add_diffusion, add_vae = (group.add_argument for group in groups.values())
 
     def default(name):
         columns = [' '.join(map(str, v)) if isinstance(v, tuple) else v for v in DEFAULTS[name]]
@@ -72,42 +73,43 @@ def flags(argv=None) -> argparse.Namespace:
     add('--channels', type=int, default=3, help='1 grey, 3 RGB, 4 RGBA (default: 3)')
     add('--dim', type=int, help=f'width of the network {default("dim")}')
     add('--dim-mults', type=int, nargs='+', metavar='M', help=f'width of each level {default("dim_mults")}')
-    diffusion.add_argument('--attn-dim-head', type=int, help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
-    diffusion.add_argument('--linear-attention', action=argparse.BooleanOptionalAction,
+    add_diffusion('--attn-dim-head', type=int,
+                  help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
+    add_diffusion('--linear-attention', action=argparse.BooleanOptionalAction,
         help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
-    diffusion.add_argument('--unconditional', action='store_true', help='do not use the captions')
-    diffusion.add_argument('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
+    add_diffusion('--unconditional', action='store_true', help='do not use the captions')
+    add_diffusion('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
-    diffusion.add_argument('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
-    diffusion.add_argument('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
-    diffusion.add_argument('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
+    add_diffusion('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
+    add_diffusion('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
+    add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
     add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
     add('--ema-decay', type=float, default=0.995, help='of the averaged weights (default: 0.995)')
     add('--max-grad-norm', type=float, default=1., help='(default: 1)')
     add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
-    diffusion.add_argument('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
-    diffusion.add_argument('--sample-steps', type=int, default=25, help='steps of the DDIM sampler (default: 25)')
-    diffusion.add_argument('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
+    add_diffusion('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
+    add_diffusion('--sample-steps', type=int, default=25, help='steps of the DDIM sampler (default: 25)')
+    add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
-    vae.add_argument('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
-    vae.add_argument('--latent-channels', type=int, help=default('latent_channels'))
-    vae.add_argument('--kl-weight', type=float, default=1e-6, help='(default: 1e-6)')
-    vae.add_argument('--perceptual', metavar='FILE', help='weights of VGG16, to compare its features too (default: do not)')
-    vae.add_argument('--disc-start', type=int, metavar='STEP', help='from here on a discriminator has a say (default: never)')
-    vae.add_argument('--image-share', type=float, default=0.1, help='of the batches are single frames (default: 0.1)')
-    vae.add_argument('--only-train-decoder', action='store_true', help='leave the encoder and its latents as they are')
-    vae.add_argument('--init', metavar='PATH', help='begin with the weights of CogVideoX: its 3d-vae.pt, or a folder of '
+    add_vae('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
+    add_vae('--latent-channels', type=int, help=default('latent_channels'))
+    add_vae('--kl-weight', type=float, default=1e-6, help='(default: 1e-6)')
+    add_vae('--perceptual', metavar='FILE', help='weights of VGG16, to compare its features too (default: do not)')
+    add_vae('--disc-start', type=int, metavar='STEP', help='from here on a discriminator has a say (default: never)')
+    add_vae('--image-share', type=float, default=0.1, help='of the batches are single frames (default: 0.1)')
+    add_vae('--only-train-decoder', action='store_true', help='leave the encoder and its latents as they are')
+    add_vae('--init', metavar='PATH', help='begin with the weights of CogVideoX: its 3d-vae.pt, or a folder of '
         'diffusers; sizes are taken from there (default: random weights)')
-    vae.add_argument('--ignore', nargs='+', default=[], metavar='PREFIX', help='with --init: leave the weights whose names begin '
+    add_vae('--ignore', nargs='+', default=[], metavar='PREFIX', help='with --init: leave the weights whose names begin '
         'so random (default: none)')
-    vae.add_argument('--context-parallel', type=int, default=1, help='processes that share the frames of a clip (default: 1)')
+    add_vae('--context-parallel', type=int, default=1, help='processes that share the frames of a clip (default: 1)')
     add('--seed', type=int, default=0, help='(default: 0)')
     add('--strict', action='store_true', help='a damaged clip is an error, not a warning')
     add('--device', help='cpu, cuda, mps (default: the fastest there is)')
     args = parser.parse_args(argv)
-    for action in (vae if args.stage == 'diffusion' else diffusion)._group_actions:
+    for action in groups['vae' if args.stage == 'diffusion' else 'diffusion']._group_actions:
         if getattr(args, action.dest) != action.default:
             raise ValueError(f'{action.option_strings[0]} has no meaning with --stage {args.stage}')
     if args.init and (args.dim, args.dim_mults, args.time_compression, args.latent_channels) != (None,) * 4:

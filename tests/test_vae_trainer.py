@@ -201,8 +201,8 @@ def workers():
 
 def soften(trainer):
     """See test_trainer.py: rounding must not become a full step."""
-    for group in [trainer.optimizer.param_groups[0]] + ([trainer.disc_optimizer.param_groups[0]] if trainer.discriminator else []):
-        group['eps'] = 1e-3
+    for optimizer in [trainer.optimizer, *([trainer.disc_optimizer] if trainer.discriminator else [])]:
+        optimizer.param_groups[0]['eps'] = 1e-3
     return trainer
 
 
