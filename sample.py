@@ -2,7 +2,9 @@
 """Draw videos from a trained model, or see what a trained VAE makes of a clip.
 
     python sample.py results/ --prompt "a red circle moving left" --count 4
+    python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
+    python sample.py results/ --prompt "a red circle moving left" --first-frames clip.gif --frames 32
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
     python sample.py results_vae/ --reconstruct clip.gif
 
@@ -15,12 +17,15 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
 from video_diffusion.dataset import resize_and_crop
 from video_diffusion.frame_shares import fitting_frames
 from video_diffusion.gif import read_frames
+from video_diffusion.known_frames import WAYS
 from video_diffusion.metrics import psnr
+from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
 from video_diffusion.trainer import sample_many
 from video_diffusion.vae_trainer import vae_from_state
@@ -34,8 +39,22 @@ def flags(argv=None) -> argparse.Namespace:
     add('--prompts-file', help='a text file with one prompt per line')
     add('--count', type=int, help='videos per prompt (default: 1), or in all where there are no prompts (default: 4)')
     add('--cond-scale', type=float, help='guidance towards the prompt, 1 is none (default: as in training)')
-    add('--sampler', choices=('ddpm', 'ddim'), help='(default: as in training)')
+    add('--negative', metavar='TEXT', help='what not to draw: guide away from this (default: from no prompt at all)')
+    add('--guidance-rescale', type=float, metavar='SHARE', help='0 to 1: take back so much of the contrast that a large '
+        '--cond-scale adds (default: 0)')
+    add('--dynamic-guidance', type=float, metavar='EXPONENT', help='let guidance grow from 1 to 1 + --cond-scale, the later '
+        'the larger the exponent, 5 in CogVideoX (default: the same at every step)')
+    add('--sampler', choices=tuple(SAMPLERS), help='(default: as in training)')
     add('--steps', type=int, help='sampling steps (default: as in training)')
+    add('--first-frames', '--image', metavar='FILE', help='a GIF or an image with which every video begins (default: none)')
+    add('--known', type=int, metavar='N', help='so many frames of that file, its last ones (default: half as many as the '
+        'model draws, or all there are)')
+    add('--known-by', choices=WAYS, help='how the other frames are made to fit (default: network if it has been trained '
+        'for that, else guide)')
+    add('--frames', type=int, help='length of the videos, if longer than the clips of the '
+        'training: drawn piece by piece (default: as those)')
+    add('--later-cond-scale', type=float, help='--cond-scale after the first piece; 0 where prompts only say how a video '
+        'begins (default: as --cond-scale)')
     add('--seed', type=int, default=0, help='(default: 0)')
     add('--reconstruct', metavar='CLIP', help='put this clip through a VAE, there and back')
     add('--out', default='samples', help='folder for the GIFs (default: samples)')
@@ -65,7 +84,12 @@ def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
 
-    given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps)
+    if args.later_cond_scale is not None and args.frames is None:
+        raise ValueError('--later-cond-scale is for videos that are drawn piece by piece: give --frames too')
+    given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps, negative=args.negative,
+                 guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance, known_by=args.known_by,
+                 first_frames=read_first_frames(args, diffusion), num_frames=args.frames,
+                 later_cond_scale=args.later_cond_scale)
     sampling = {**state['sampling'], **{name: value for name, value in given.items() if value is not None}}
     videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes,
                          **sampling)
@@ -104,6 +128,21 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     if not wanted and prompts:
         raise ValueError('this model was trained without captions: it draws what it likes, leave the prompts out')
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
+
+
+def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion) -> Tensor | None:
+    """The last frames of a file (1 c k h w), as the model sees clips: those that the videos begin with."""
+    if args.first_frames is None:
+        if args.known is not None or args.known_by is not None:
+            raise ValueError('--known and --known-by say what to do with --first-frames: give that too')
+        return None
+    clip = resize_and_crop(read_frames(args.first_frames, diffusion.channels), (diffusion.height, diffusion.width))
+    most = min(clip.shape[1], diffusion.num_frames - 1)
+    known = min(most, max(1, diffusion.num_frames // 2)) if args.known is None else args.known
+    if not 1 <= known <= most:
+        raise ValueError(f'--known {known}: {args.first_frames} has {clip.shape[1]} frames and the model draws '
+                         f'{diffusion.num_frames}, so give 1 to {most}')
+    return clip[None, :, -known:].float().to(diffusion.alpha.device) / 255
 
 
 def write(videos, prompts: list[str] | None, folder: Path) -> None:

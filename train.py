@@ -19,6 +19,8 @@ from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.convert_vae import causal_vae_from_diffusers, causal_vae_from_sat
 from video_diffusion.dataset import find_clips, read_captions
 from video_diffusion.frame_shares import fitting_frames
+from video_diffusion.noise_schedule import SCHEDULES
+from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
 from video_diffusion.trainer import sample_many
 from video_diffusion.vae_loss import PerceptualLoss
@@ -40,8 +42,8 @@ DEFAULTS = {
     'latent_channels':  (None,       None,         4,          4),
     'batch_size':       (8,          64,           4,          16),
     'lr':               (2e-3,       5e-4,         2e-3,       2e-4),
-    'steps':            (1600,       10000,        2000,       20000),
-    'sample_every':     (400,        1000,         500,        1000),
+    'steps':            (1400,       10000,        2000,       20000),
+    'sample_every':     (350,        1000,         500,        1000),
 }
 
 
@@ -77,11 +79,22 @@ def flags(argv=None) -> argparse.Namespace:
                   help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
     add_diffusion('--linear-attention', action=argparse.BooleanOptionalAction,
         help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
+    add_diffusion('--frame-embedding', action=argparse.BooleanOptionalAction, default=True,
+        help='tell the network which frame is the first: motion is learnt much sooner (default: on)')
     add_diffusion('--unconditional', action='store_true', help='do not use the captions')
     add_diffusion('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
     add_diffusion('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
+    add_diffusion('--schedule', default='cosine', choices=tuple(SCHEDULES), help='how the noise grows (default: cosine)')
+    add_diffusion('--schedule-shift', type=float, default=1., help='above 1: more noise at every step (default: 1)')
+    add_diffusion('--zero-snr', action='store_true', help='let the last step be pure noise (not with --objective noise)')
+    add_diffusion('--min-snr', type=float, metavar='GAMMA',
+                  help='weigh steps by min(snr, GAMMA), 5 is usual (default: all alike)')
+    add_diffusion('--offset-noise', type=float, default=0.,
+                  help='share of noise that is one value per clip and channel (default: 0)')
     add_diffusion('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
+    add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
+        'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
     add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
     add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
@@ -90,7 +103,8 @@ def flags(argv=None) -> argparse.Namespace:
     add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
     add_diffusion('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
-    add_diffusion('--sample-steps', type=int, default=25, help='steps of the DDIM sampler (default: 25)')
+    add_diffusion('--sampler', default='ddim', choices=tuple(SAMPLERS), help='of the samples (default: ddim)')
+    add_diffusion('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
     add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
     add_vae('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
@@ -185,10 +199,13 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
-                  cond_dim=encoder.dim if encoder else None)
+                  cond_dim=encoder.dim if encoder else None, frame_embedding=args.frame_embedding,
+                  cond_frames=args.known_frames > 0)
     diffusion = GaussianDiffusion(
         unet, image_size=(height, width), num_frames=frames, channels=args.channels, timesteps=args.timesteps,
-        loss_type=args.loss, objective=args.objective, text_encoder=encoder)
+        loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
+        schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
+        prob_cond_frames=args.known_frames)
     say_what_is_trained((frames, height, width), diffusion, processes)
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
@@ -197,7 +214,7 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale, sampler='ddim', sample_steps=args.sample_steps, seed=args.seed, processes=processes)
+        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, processes=processes)
 
 
 def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:

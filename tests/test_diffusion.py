@@ -1,7 +1,5 @@
 """The diffusion process against closed forms and against video-diffusion-pytorch 0.6.3. Run: pytest tests/test_diffusion.py"""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,7 @@ from video_diffusion_pytorch import GaussianDiffusion as PeerDiffusion
 
 from test_unet3d import SMALL, twins
 from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, samplers
-from video_diffusion.noise_schedule import cosine_schedule, posterior, shifted, target, to_noise, to_x0
+from video_diffusion.noise_schedule import OBJECTIVES, build_schedule, target, to_noise
 
 TINY = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
 
@@ -32,51 +30,6 @@ class Predicts(nn.Module):
 
     def forward_with_cond_scale(self, x, time, cond=None, cond_scale=2.):
         return self.answer(x, time)
-
-
-# Schedule and conversions
-
-def test_cosine_schedule_is_its_closed_form_and_float64():
-    alpha_bar = cosine_schedule(1000)
-    assert alpha_bar.dtype == torch.float64
-    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    for t in (0, 1, 500, 998):
-        assert alpha_bar[t].item() == pytest.approx(f(t + 1) / f(0), rel=1e-12)
-    # the last beta would be 1 and is held at 0.9999
-    assert (alpha_bar[999] / alpha_bar[998]).item() == pytest.approx(1e-4, rel=1e-9)
-
-
-def test_a_shift_divides_the_signal_to_noise_ratio():
-    plain = cosine_schedule(100)
-    snr = lambda alpha_bar: alpha_bar / (1 - alpha_bar)
-    torch.testing.assert_close(snr(shifted(plain, 5.)), snr(plain) / 5)
-    torch.testing.assert_close(tiny(schedule_shift=5.).alpha_bar, shifted(cosine_schedule(20), 5.))
-    assert torch.equal(shifted(plain, 1.), plain)
-    with pytest.raises(ValueError, match='schedule_shift=0'):
-        tiny(schedule_shift=0)
-
-
-def test_posterior_is_bayes_rule():
-    """Var and mean of x_prev given x_t and x_0, from the product of two Gaussians."""
-    alpha_bar = cosine_schedule(100)
-    for t in (1, 50, 99):
-        here, before = alpha_bar[t], alpha_bar[t - 1]
-        beta = 1 - here / before
-        precision = 1 / (1 - before) + (1 - beta) / beta
-        a, b, variance = posterior(here, before)
-        assert variance.item() == pytest.approx((1 / precision).item(), rel=1e-9)
-        assert a.item() == pytest.approx((before.sqrt() / (1 - before) / precision).item(), rel=1e-9)
-        assert b.item() == pytest.approx(((1 - beta).sqrt() / beta / precision).item(), rel=1e-9)
-
-
-@pytest.mark.parametrize('objective', ['noise', 'v', 'x0'])
-def test_conversions_recover_what_was_mixed(objective):
-    x0, noise = torch.randn(2, 4, 3, dtype=torch.float64)
-    alpha, sigma = 0.6, 0.8
-    x = alpha * x0 + sigma * noise
-    output = target(objective, x0, noise, alpha, sigma)
-    torch.testing.assert_close(to_x0(objective, output, x, alpha, sigma), x0)
-    torch.testing.assert_close(to_noise(x0, x, alpha, sigma), noise)
 
 
 # Parity
@@ -119,7 +72,7 @@ def test_ancestral_sampling_equals_the_peer():
 
 # Training
 
-@pytest.mark.parametrize('objective', ['noise', 'v', 'x0'])
+@pytest.mark.parametrize('objective', OBJECTIVES)
 def test_a_perfect_network_has_no_loss(objective):
     torch.manual_seed(0)
     video, noise, t = torch.rand(2, 3, 3, 8, 8), torch.randn(2, 3, 3, 8, 8), torch.tensor([3, 12])
@@ -154,52 +107,20 @@ def test_a_few_steps_of_training_lower_the_loss():
 # Sampling
 
 @pytest.mark.parametrize('sampler', samplers.SAMPLERS)
-@pytest.mark.parametrize('objective', ['noise', 'v', 'x0'])
-def test_samplers_find_the_only_video_there_is(sampler, objective):
+@pytest.mark.parametrize('objective, zero_snr', [('noise', False), ('v', False), ('x0', False), ('v', True), ('x0', True)])
+@pytest.mark.parametrize('spacing', samplers.SPACINGS)
+def test_samplers_find_the_only_video_there_is(sampler, objective, zero_snr, spacing):
     """Where all data is one video, the best denoiser always answers with it."""
     torch.manual_seed(0)
     only = torch.rand(1, 3, 3, 8, 8)
-    diffusion = tiny(objective=objective)
+    diffusion = tiny(objective=objective, zero_snr=zero_snr)
     def answer(x, time):
         alpha, sigma = diffusion.alpha_sigma(time)
         x0 = (only * 2 - 1).expand_as(x)
         return target(objective, x0, to_noise(x0, x, alpha, sigma), alpha, sigma)
     diffusion.denoise_fn = Predicts(answer)
-    out = diffusion.sample(batch_size=2, sampler=sampler, steps=7, progress=False)
+    out = diffusion.sample(batch_size=2, sampler=sampler, steps=7, spacing=spacing, progress=False)
     torch.testing.assert_close(out, only.expand_as(out), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize('sampler, kwargs', [('ddpm', {}), ('ddim', {}), ('ddim', dict(eta=1.))])
-def test_samplers_draw_the_right_gaussian(sampler, kwargs):
-    """Data N(1, 0.5^2): the best denoiser is known, and samples must have that mean and spread."""
-    mean, var = 1., 0.25
-    alpha_bar = cosine_schedule(200)
-    def denoise(x, t):
-        a, s2 = alpha_bar[t].sqrt().item(), 1 - alpha_bar[t].item()
-        return mean + a * var / (a ** 2 * var + s2) * (x - a * mean)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(20000, generator=generator, dtype=torch.float64)
-    out = samplers.SAMPLERS[sampler](denoise, x, alpha_bar, samplers.spaced_steps(200, None), generator=generator, **kwargs)
-    assert out.mean().item() == pytest.approx(mean, abs=0.02)
-    assert out.std().item() == pytest.approx(var ** 0.5, abs=0.02)
-
-
-def test_ddim_with_all_steps_and_full_eta_takes_the_steps_of_ddpm():
-    """Same noise, same denoiser: every state is the same, not only the distribution."""
-    alpha_bar = cosine_schedule(30)
-    denoise = lambda x, t: torch.tanh(x) * 0.7
-    x = torch.randn(100, dtype=torch.float64)
-    ends = [function(denoise, x, alpha_bar, samplers.spaced_steps(30, None), generator=torch.Generator().manual_seed(1), **kw)
-            for function, kw in ((samplers.ddpm, {}), (samplers.ddim, dict(eta=1.)))]
-    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
-
-
-def test_spaced_steps_begin_at_pure_noise():
-    assert samplers.spaced_steps(1000, None) == list(range(999, -1, -1))
-    assert samplers.spaced_steps(1000, 4) == [999, 749, 499, 249]
-    assert samplers.spaced_steps(10, 1) == [9]
-    with pytest.raises(ValueError, match='steps=11.*1 to 10'):
-        samplers.spaced_steps(10, 11)
 
 
 def test_same_seed_same_video():
@@ -209,21 +130,50 @@ def test_same_seed_same_video():
     assert not torch.equal(draw(1), draw(2))
 
 
+def test_the_whole_way_ends_with_the_sample():
+    diffusion = tiny(timesteps=20)
+    noise = torch.randn(2, 3, 3, 8, 8)
+    draw = lambda **kwargs: diffusion.sample(noise=noise, sampler='dpm++2m', steps=5, progress=False, **kwargs)
+    way = draw(return_all=True)
+    assert way.shape == (6, 2, 3, 3, 8, 8)
+    assert torch.equal(way[0], ((noise + 1) / 2).clamp(0, 1)) and torch.equal(way[-1], draw())
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(way, way[1:]))
+
+
+def test_eta_makes_ddim_draw():
+    diffusion = tiny()
+    noise = torch.randn(1, 3, 3, 8, 8)
+    draw = lambda **kwargs: diffusion.sample(noise=noise, sampler='ddim', steps=5, progress=False, **kwargs)
+    assert torch.equal(draw(seed=0), draw(seed=1))
+    assert not torch.equal(draw(eta=0.5, seed=0), draw(eta=0.5, seed=1))
+
+
+@pytest.mark.parametrize('zero_snr', [False, True])
+def test_a_video_comes_back_from_the_noise_it_is_inverted_to(zero_snr):
+    """Data N(0.2, 0.05), in [-1, 1], whose best denoiser is known: the more steps, the closer."""
+    diffusion = tiny(objective='v', timesteps=1000, zero_snr=zero_snr)
+
+    def answer(x, time):
+        alpha, sigma = diffusion.alpha_sigma(time)
+        x0 = 0.2 + alpha * 0.05 / (alpha ** 2 * 0.05 + sigma ** 2) * (x - alpha * 0.2)
+        return (alpha * x - x0) / sigma
+    diffusion.denoise_fn = Predicts(answer)
+    torch.manual_seed(0)
+    video = ((0.2 + 0.05 ** 0.5 * torch.randn(2, 3, 3, 8, 8) + 1) / 2).clamp(0, 1)
+    errors = []
+    for steps in (20, 40, 80):
+        noise = diffusion.ddim_invert(video, steps=steps, progress=False)
+        again = diffusion.sample(noise=noise, sampler='ddim', steps=steps, progress=False)
+        errors.append((again - video).abs().mean().item())
+    assert noise.shape == video.shape and noise.std().item() == pytest.approx(1, abs=0.1)
+    assert errors[0] > 1.6 * errors[1] > 2.56 * errors[2] and errors[2] < 0.01, errors
+
+
 def test_a_sample_is_a_plain_tensor_in_0_1_of_any_shape():
     out = tiny(image_size=(8, 12), channels=3).sample(batch_size=2, steps=2, progress=False)
     assert out.shape == (2, 3, 3, 8, 12)
     assert 0 <= out.min() and out.max() <= 1
     (out.requires_grad_() * 2).sum().backward()  # not an inference tensor, which would refuse
-
-
-def test_guidance_moves_from_without_to_beyond_with():
-    unet = tiny(cond_dim=4).denoise_fn
-    x, t, cond = torch.randn(2, 3, 3, 8, 8), torch.tensor([3, 4]), torch.randn(2, 4)
-    with torch.no_grad():
-        with_cond, without = unet(x, t, cond), unet(x, t, cond, null_cond_prob=1.)
-        assert not torch.allclose(with_cond, without)
-        for scale, expected in ((1., with_cond), (0., without), (3., without + 3 * (with_cond - without))):
-            torch.testing.assert_close(unet.forward_with_cond_scale(x, t, cond, cond_scale=scale), expected)
 
 
 def test_interpolation_ends_at_either_video_and_stays_in_range():
@@ -236,6 +186,26 @@ def test_interpolation_ends_at_either_video_and_stays_in_range():
     for lam, end in ((0., a), (1., b)):
         out = diffusion.interpolate(a, b, t=0, lam=lam, seed=0, progress=False)
         assert (out - end).abs().mean() < 0.05
+
+
+# Settings
+
+def test_a_checkpoint_rebuilds_every_setting_and_an_older_one_those_of_its_time():
+    settings = dict(objective='v', loss_type='l2', schedule='scaled_linear', zero_snr=True, schedule_shift=3., min_snr_gamma=5.,
+                    offset_noise=0.1)
+    diffusion = tiny(**settings)
+    torch.testing.assert_close(diffusion.alpha_bar, build_schedule('scaled_linear', 20, 3., True), rtol=0, atol=0)
+    again = GaussianDiffusion.from_config(diffusion.config())
+    assert again.config() == diffusion.config() and {**again.config()['diffusion'], **settings} == again.config()['diffusion']
+    assert torch.equal(again.alpha_bar, diffusion.alpha_bar) and torch.equal(again.loss_weight, diffusion.loss_weight)
+
+    old = tiny().config()
+    for name in ('schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise'):
+        del old['diffusion'][name]
+    assert GaussianDiffusion.from_config(old).config() == tiny().config()
+    assert tiny().has_config(old) and not tiny(offset_noise=0.1).has_config(old) and not diffusion.has_config(tiny().config())
+    old['unet'] = {**old['unet'], 'dim': 16}
+    assert not tiny().has_config(old)
 
 
 # Errors
@@ -252,6 +222,18 @@ def test_errors_say_what_was_given_and_what_was_expected():
         tiny(objective='eps')
     with pytest.raises(ValueError, match="sampler='euler'.*'ddpm', 'ddim'"):
         diffusion.sample(sampler='euler')
+    with pytest.raises(ValueError, match="eta=0.5.*sampler='dpm"):
+        diffusion.sample(sampler='dpm++2m', eta=0.5)
+    with pytest.raises(ValueError, match=r'\(2, 3, 3, 8, 9\).*\(batch, 3, 3, 8, 8\)'):
+        diffusion.sample(noise=torch.randn(2, 3, 3, 8, 9))
+    with pytest.raises(ValueError, match='noise for 3 videos and cond for 2'):
+        tiny(cond_dim=4).sample(torch.randn(2, 4), noise=torch.randn(3, 3, 3, 8, 8))
+    with pytest.raises(ValueError, match="zero_snr=True with objective='noise'.*nothing about the clip.*'v' or 'x0'"):
+        tiny(zero_snr=True)
+    with pytest.raises(ValueError, match="min_snr_gamma=5.0 with loss_type='l1'.*loss_type='l2'"):
+        tiny(min_snr_gamma=5.)
+    with pytest.raises(ValueError, match="schedule='sigmoid'.*'cosine', 'linear', 'scaled_linear'"):
+        tiny(schedule='sigmoid')
     with pytest.raises(ValueError, match='text_use_bert_cls'):
         tiny(text_use_bert_cls=True)
     with pytest.raises(ValueError, match='one shape'):

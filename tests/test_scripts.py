@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
 from video_diffusion.causal_vae import CausalVAE
@@ -76,6 +77,28 @@ def test_sizes_fit_the_network(run, clips):
     assert code == 0 and '3 frames of 16x16' in out
 
 
+def test_videos_that_go_on_from_a_clip(run, clips):
+    code, out, _ = run('train.py', clips, *SMALL, '--known-frames', 0.5)
+    assert code == 0
+    first = sorted(clips.glob('*.gif'))[0]
+    begins = ('sample.py', 'results', '--prompt', 'a red circle moving left', '--device', 'cpu')
+    code, out, _ = run(*begins, '--first-frames', first, '--known', 2, '--frames', 7, '--later-cond-scale', 0)
+    assert code == 0
+    drawn, given = gif_to_tensor('samples/000-a-red-circle-moving-left.gif'), gif_to_tensor(first)
+    assert drawn.shape == (3, 7, 20, 20)
+    assert (drawn[:, :2] - given[:, -2:]).abs().mean() < 0.02                    # up to the colours of a palette
+    Image.new('RGB', (30, 24), (0, 200, 90)).save('start.png')
+    code, out, _ = run(*begins, '--image', 'start.png', '--known-by', 'guide', '--out', 'green')
+    drawn = gif_to_tensor('green/000-a-red-circle-moving-left.gif')
+    assert code == 0 and (drawn[:, 0] - torch.tensor([0, 200, 90]).view(3, 1, 1) / 255).abs().max() < 0.05
+
+    for wrong, says in ((('--first-frames', first, '--known', 3), 'so give 1 to 2'), (('--known', 3), 'give that too'),
+                        (('--first-frames', 'nothing.gif'), 'nothing.gif'), (('--frames', 2), 'num_frames=2'),
+                        (('--later-cond-scale', 0), '--frames')):
+        code, _, err = run(*begins, *wrong)
+        assert code == 2 and says in err and len(err.splitlines()) == 1, err
+
+
 def test_prompts_from_a_file_and_the_same_seed(run, clips):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a red circle moving left\n\n  a blue square moving up \n')
@@ -86,12 +109,29 @@ def test_prompts_from_a_file_and_the_same_seed(run, clips):
     assert Path('a/all.gif').read_bytes() == Path('b/all.gif').read_bytes()
 
 
+def test_schedules_samplers_and_guidance_by_flags(run, clips):
+    code, _, _ = run('train.py', clips, *SMALL, '--schedule', 'scaled_linear', '--schedule-shift', 3, '--zero-snr', '--min-snr', 5,
+                     '--offset-noise', 0.1, '--sampler', 'dpm++2m_sde')
+    state = checkpoint.load(checkpoint.newest('results'))
+    assert code == 0 and state['sampling']['sampler'] == 'dpm++2m_sde'
+    assert state['config']['diffusion'].items() >= dict(
+        schedule='scaled_linear', schedule_shift=3., zero_snr=True, min_snr_gamma=5., offset_noise=0.1).items()
+    common = ['results', '--prompt', 'a red circle', '--device', 'cpu', '--sampler', 'dpm++2m', '--steps', 3]
+    pictures = []
+    for more in ([], ['--negative', 'a blue square'], ['--guidance-rescale', 0.7], ['--dynamic-guidance', 5]):
+        code, _, err = run('sample.py', *common, *more, '--cond-scale', 20, '--out', 'samples')
+        assert code == 0, err
+        pictures.append(Path('samples/all.gif').read_bytes())
+    assert len(set(pictures)) == 4
+
+
 @pytest.mark.parametrize('args, sentence', [
     (['nowhere'], 'there is no folder nowhere'),
     (['empty'], 'no clip in empty: looked for files ending in .gif'),
     (['CLIPS', '--image-size', '7'], 'multiples of 2'),
     (['CLIPS', '--image-size', '8', '8', '8'], 'image-size'),
     (['CLIPS', '--batch-size', '0'], 'train_batch_size=0'),
+    (['CLIPS', '--zero-snr', '--objective', 'noise'], "Give objective='v' or 'x0'"),
     (['CLIPS', '--resume'], 'there is no checkpoint in results'),
 ])
 def test_train_errors_are_one_line_and_exit_2(run, clips, args, sentence):
@@ -116,6 +156,7 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
         (['free', '--prompt', 'x'], 'trained without captions'),
         (['free', '--count', '0'], '--count 0'),
         (['free', '--steps', '21'], 'steps=21'),
+        (['free', '--negative', 'x'], 'need guidance'),
         (['results', '--prompts-file', 'none.txt'], 'none.txt'),
     ]:
         code, _, err = run('sample.py', *args, '--device', 'cpu')
@@ -131,8 +172,8 @@ def test_help_says_every_default():
         for option in options:
             named = option.split()[0]
             is_switch = named.lstrip('-') in {
-                'resume', 'unconditional', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file', 'reconstruct',
-                'only-train-decoder'}
+                'resume', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file',
+                'reconstruct', 'only-train-decoder'}
             assert is_switch or '(default' in ' '.join(option.split()), named
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, lr_schedule, shapes
 from video_diffusion.distributed import Processes
@@ -29,11 +30,11 @@ def clips(tmp_path_factory):
     return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 12, image_size=16, num_frames=2)
 
 
-def make_trainer(clips, results, *, captions=True, **kwargs):
+def make_trainer(clips, results, *, captions=True, diffusion={}, **kwargs):
     torch.manual_seed(0)
     encoder = WordEncoder(8) if captions else None
     unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8 if captions else None)
-    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder, **diffusion)
     settings = dict(train_batch_size=2, train_num_steps=6, train_lr=1e-3, step_start_ema=2, update_ema_every=1,
                     save_and_sample_every=3, num_sample_rows=2, sample_steps=2, log_every=2, processes=CPU)
     return Trainer(diffusion, clips, results_folder=results, **{**settings, **kwargs})
@@ -144,7 +145,8 @@ def test_steps_are_spread_evenly_and_uniform_on_average(clips, tmp_path):
 
 @pytest.mark.parametrize('stop', [1, 3, 4])
 def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
-    kwargs = dict(max_grad_norm=1., ema_warmup=True, horizontal_flip=True)
+    kwargs = dict(max_grad_norm=1., ema_warmup=True, horizontal_flip=True, diffusion=dict(
+        objective='v', loss_type='l2', schedule='linear', zero_snr=True, min_snr_gamma=5., offset_noise=0.1))
     whole = make_trainer(clips, tmp_path / 'whole', **kwargs)
     whole.train(prob_focus_present=0.3)
 
@@ -206,6 +208,20 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(clips, tmp_pa
     assert kills == 2 and process.returncode == 0
     assert_same_state(checkpoint.load(checkpoint.newest(parts)), checkpoint.load(checkpoint.newest(whole)))
     assert read_log(parts) == read_log(whole)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_goes_on(clips, tmp_path):
+    make_trainer(clips, tmp_path, train_num_steps=3).train()
+    path = checkpoint.newest(tmp_path)
+    state = checkpoint.load(path)
+    for name in ('schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise'):
+        del state['config']['diffusion'][name]
+    checkpoint.save(state, path)
+    trainer = make_trainer(clips, tmp_path)
+    trainer.load(-1)
+    assert trainer.step == 3
+    with pytest.raises(ValueError, match='other settings than this model'):
+        make_trainer(clips, tmp_path, diffusion=dict(offset_noise=0.1)).load(-1)
 
 
 def test_loading_refuses_a_checkpoint_of_another_model(clips, tmp_path):
@@ -340,6 +356,19 @@ def test_two_processes_train_like_one_with_twice_the_batch(clips, tmp_path):
 
 # Errors, precision, small parts
 
+def test_two_processes_draw_what_one_draws_for_twice_the_batch(clips, tmp_path):
+    """Offset noise, too."""
+    trainer = make_trainer(clips, tmp_path, diffusion=dict(offset_noise=0.5))
+    whole = trainer.draw(7, torch.Size((4, 3, 2, 16, 16)), 0.5)
+    for rank in (0, 1):
+        trainer.processes = Processes(rank=rank, world_size=2, device=torch.device('cpu'))
+        part = trainer.draw(7, torch.Size((2, 3, 2, 16, 16)), 0.5)
+        assert part.keys() == whole.keys()
+        for name, tensor in part.items():
+            assert torch.equal(tensor, whole[name][2 * rank:2 * rank + 2]), name
+    assert whole['noise'].mean(dim=(2, 3, 4)).std() > 0.2  # of plain noise: 1 / sqrt(512) = 0.04
+
+
 def test_settings_that_cannot_work_are_refused(clips, tmp_path):
     with pytest.raises(ValueError, match='num_frames=5.*2 frames'):
         make_trainer(clips, tmp_path, num_frames=5)
@@ -415,3 +444,22 @@ def test_cycles_have_their_own_lengths_and_maxima_and_the_last_one_repeats():
             lr_schedule.cycles(*bad)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.)
     assert torch.optim.lr_scheduler.LambdaLR(optimizer, factor).get_last_lr() == [2 * factor(0)]
+
+
+def test_images_train_as_frames_without_motion(clips, tmp_path):
+    """A folder of clips and images: the images' frames are looked at one by one, the clips' together."""
+    folder = tmp_path / 'mixed'
+    folder.mkdir()
+    for path in sorted(clips.glob('00000.*')) + sorted(clips.glob('00001.*')):
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ('a.png', 'b.jpg'):
+        Image.new('RGB', (16, 16), (200, 30, 30)).save(folder / name)
+        (folder / name).with_suffix('.txt').write_text('a red nothing')
+    assert len(make_trainer(folder, tmp_path / 'r').dataset) == 2
+    trainer = make_trainer(folder, tmp_path / 'r', images=True, train_batch_size=4, train_num_steps=1, gradient_accumulate_every=1)
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args, kwargs['focus_present_mask'])), with_kwargs=True)
+    trainer.train()
+    ((videos, captions), mask), = seen
+    assert [caption == 'a red nothing' for caption in captions] == mask.tolist() and mask.sum() == 2

@@ -13,15 +13,17 @@ Users hand in and get back [0, 1]; the network sees [-1, 1]. `normalize` and `un
 places where one becomes the other.
 """
 
+import inspect
+from functools import partial
 from pathlib import Path
-from typing import Sequence
+from typing import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, samplers
-from .noise_schedule import OBJECTIVES, cosine_schedule, posterior, shifted, target, to_x0
+from . import checkpoint, guidance, known_frames, samplers
+from .noise_schedule import OBJECTIVES, SCHEDULES, build_schedule, min_snr_weight, posterior, target, to_x0
 from .text import BertEncoder, text_encoder_from_config
 from .unet3d import Unet3D
 
@@ -44,13 +46,27 @@ class GaussianDiffusion(nn.Module):
         schedule_shift: float = 1.,               # above 1: more of the steps are noisy ones; see noise_schedule.py
         objective: str = 'noise',                 # what the network predicts: 'noise', 'v' or 'x0'
         text_encoder: nn.Module | None = None,    # turns a list of strings into cond; see text.py
+        schedule: str = 'cosine',                 # 'cosine', 'linear' or 'scaled_linear': see noise_schedule.py
+        zero_snr: bool = False,                   # stretch the schedule so that its last step is pure noise
+        min_snr_gamma: float | None = None,       # weigh the steps by min(snr, gamma); 5 is usual, None weighs all alike
+        offset_noise: float = 0.,                 # how much of the training noise is one value per clip and channel
+        prob_cond_frames: float = 0.,             # share of clips trained with known frames; see known_frames.py
     ):
         super().__init__()
-        for name, value, allowed in (('loss_type', loss_type, LOSSES), ('objective', objective, OBJECTIVES)):
-            if value not in allowed:
-                raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
+        one_of('loss_type', loss_type, LOSSES)
+        one_of('objective', objective, OBJECTIVES)
+        one_of('schedule', schedule, SCHEDULES)
+        if zero_snr and objective == 'noise':
+            raise ValueError("zero_snr=True with objective='noise': at the last step alpha is 0, so the network would be asked "
+                             "for the very noise it is shown, which says nothing about the clip. Give objective='v' or 'x0'")
+        if min_snr_gamma is not None and (loss_type != 'l2' or not min_snr_gamma > 0):
+            raise ValueError(f"min_snr_gamma={min_snr_gamma} with loss_type={loss_type!r}: give a positive number (5 is usual) "
+                             "and loss_type='l2', for it weighs squared errors")
         if text_use_bert_cls and (text_encoder is not None or not getattr(denoise_fn, 'use_bert_text_cond', False)):
             raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
+        if prob_cond_frames and not getattr(denoise_fn, 'cond_frames', False):
+            raise ValueError(f'prob_cond_frames={prob_cond_frames} needs a network that sees known frames: '
+                             'Unet3D(..., cond_frames=True)')
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
         self.bert = None
@@ -65,12 +81,20 @@ class GaussianDiffusion(nn.Module):
         self.text_use_bert_cls = text_use_bert_cls
         self.use_dynamic_thres = use_dynamic_thres
         self.dynamic_thres_percentile = dynamic_thres_percentile
+        self.schedule = schedule
+        self.zero_snr = zero_snr
+        self.min_snr_gamma = min_snr_gamma
+        self.offset_noise = offset_noise
+        self.prob_cond_frames = prob_cond_frames
 
         # Samplers take their numbers from the float64 table; training, where every sample has its own t, from
         # these two. Each is rounded to float32 only once, so sigma is right even where alpha is nearly 1.
-        self.alpha_bar = shifted(cosine_schedule(timesteps), schedule_shift)  # stays on the CPU
+        self.alpha_bar = build_schedule(schedule, timesteps, schedule_shift, zero_snr)  # stays on the CPU
         self.register_buffer('alpha', self.alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer('sigma', (1 - self.alpha_bar).sqrt().float(), persistent=False)
+        if min_snr_gamma is not None:
+            weight = min_snr_weight(objective, self.alpha_bar, min_snr_gamma)
+            self.register_buffer('loss_weight', weight.float(), persistent=False)
 
     # Training
 
@@ -78,26 +102,50 @@ class GaussianDiffusion(nn.Module):
         self,
         video: Tensor,                                # (b c f h w) in [0, 1]
         cond: Tensor | Sequence[str] | None = None,   # (b cond_dim), or a caption for each video
-        noise: Tensor | None = None,                  # given in tests; drawn otherwise
+        noise: Tensor | None = None,                  # from draw_noise; None draws it here
         t: Tensor | None = None,                      # (b), likewise
         *,
         null_cond_prob: float = 0.,                   # these are for the network: see Unet3D.forward
         null_cond_mask: Tensor | None = None,
         prob_focus_present: float = 0.,
         focus_present_mask: Tensor | None = None,
+        known_mask: Tensor | None = None,             # (b f) bool, which frames the network is told; None draws it
+        reduction: str = 'mean',
     ) -> Tensor:
-        """The loss, a scalar."""
+        """The loss: a scalar, or with reduction='none' one for each video (b)."""
+        one_of('reduction', reduction, ('mean', 'none'))
         self.check(video)
         x0 = normalize(video)
         if noise is None:
-            noise = torch.randn_like(x0)
+            noise = self.draw_noise(x0.shape, x0.device)
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x0),), device=x0.device)
+        told = {}
+        if self.prob_cond_frames:
+            if known_mask is None:
+                known_mask = self.draw_known(len(x0), x0.device)
+            told = dict(known=x0, known_mask=known_mask)
         alpha, sigma = self.alpha_sigma(t)
         output = self.denoise_fn(
-            self.q_sample(x0, t, noise), t, cond=self.embed(cond), null_cond_prob=null_cond_prob,
+            self.q_sample(x0, t, noise), t, cond=self.embed(cond), null_cond_prob=null_cond_prob, **told,
             null_cond_mask=null_cond_mask, prob_focus_present=prob_focus_present, focus_present_mask=focus_present_mask)
-        return LOSSES[self.loss_type](output, target(self.objective, x0, noise, alpha, sigma))
+        loss = LOSSES[self.loss_type](output, target(self.objective, x0, noise, alpha, sigma), reduction='none')
+        loss = loss.mean(dim=(1, 2, 3, 4))  # (b)
+        if self.min_snr_gamma is not None:
+            loss = loss * self.loss_weight[t]
+        return loss.mean() if reduction == 'mean' else loss
+
+    def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        """Noise (b c f h w) to train with. Plain noise hardly changes the mean of a clip, so the network learns to believe it,
+        and samples come out neither dark nor bright; offset noise hides the mean of every channel, too."""
+        noise = torch.randn(tuple(shape), device=device, generator=generator)
+        if self.offset_noise:
+            noise = noise + self.offset_noise * torch.randn((*shape[:2], 1, 1, 1), device=device, generator=generator)
+        return noise
+
+    def draw_known(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        """Which frames the network is told in training (b f)."""
+        return known_frames.draw_mask(count, self.num_frames, self.prob_cond_frames, device, generator)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_start (b c f h w) in [-1, 1] with the noise of step t (b)."""
@@ -114,23 +162,100 @@ class GaussianDiffusion(nn.Module):
         cond_scale: float = 1.,                       # guidance: 1 follows cond as trained, more exaggerates it
         batch_size: int = 16,                         # only where cond does not say
         *,
-        sampler: str = 'ddpm',                        # 'ddpm' or 'ddim'
+        sampler: str = 'ddpm',                        # 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m_sde'; see samplers.py
         steps: int | None = None,                     # None: every step the model was trained with
         seed: int | None = None,
         progress: bool = True,
+        spacing: str = 'trailing',                    # 'trailing', 'leading' or 'linspace'
+        eta: float = 0.,                              # of 'ddim' only: the share of noise that is fresh
+        noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
+        negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
+        guidance_rescale: float = 0.,                 # these two are for large scales: see guidance.py
+        dynamic_guidance: float | None = None,        # exponent of a scale that grows during sampling
+        return_all: bool = False,
+        first_frames: Tensor | None = None,           # (b c k h w): how the videos begin; one is enough for all. Or:
+        known: Tensor | None = None,                  # (b c f h w): videos of which some frames are known,
+        known_mask: Tensor | None = None,             # (f) or (b f) bool: and which
+        known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
+        frame_guidance: float = 5.,                   # weight of 'guide'
     ) -> Tensor:
-        """Videos (b c f h w) in [0, 1], drawn from noise."""
-        if sampler not in samplers.SAMPLERS:
-            raise ValueError(f'sampler={sampler!r}: give one of {", ".join(map(repr, samplers.SAMPLERS))}')
+        """Videos (b c f h w) in [0, 1], drawn from noise; with `return_all` the whole way to them (steps + 1, b c f h w)."""
+        one_of('sampler', sampler, samplers.SAMPLERS)
+        if eta and sampler != 'ddim':
+            raise ValueError(f"eta={eta} says how much of DDIM's noise is fresh: it means nothing to sampler={sampler!r}")
+        if (negative is not None or guidance_rescale or dynamic_guidance is not None) and (cond is None or cond_scale == 1):
+            raise ValueError('negative, guidance_rescale and dynamic_guidance need guidance: give cond and a cond_scale '
+                             f'above 1 (it is {cond_scale})')
+        steps = samplers.spaced_steps(self.num_timesteps, steps, spacing)
         cond = self.embed(cond)
         batch_size = batch_size if cond is None else len(cond)
         generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
-        x = torch.randn((batch_size, self.channels, self.num_frames, self.height, self.width),
-                        generator=generator, device=self.alpha.device)
-        x = samplers.SAMPLERS[sampler](
-            self.denoiser(cond, cond_scale), x, self.alpha_bar, samplers.spaced_steps(self.num_timesteps, steps),
-            generator=generator, progress=progress)
+        if noise is None:
+            noise = torch.randn((batch_size, self.channels, self.num_frames, self.height, self.width),
+                                generator=generator, device=self.alpha.device)
+        self.check(noise)
+        if cond is not None and len(noise) != len(cond):
+            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
+        negative = self.embed(negative)
+        if negative is not None:
+            if len(negative) not in (1, len(cond)):
+                raise ValueError(f'negative for {len(negative)} videos and cond for {len(cond)}: give one, or as many')
+            negative = negative.expand(cond.shape)
+        if first_frames is not None:
+            known, known_mask = known_frames.beginning(first_frames, self.num_frames)
+        if known is not None:
+            self.check(known)
+            known, known_mask = known_frames.for_batch(normalize(known).to(noise), known_mask, len(noise))
+            known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
+            one_of('known_by', known_by, known_frames.WAYS)
+        denoise = self.denoiser(
+            cond, cond_scale, negative=negative, rescale=guidance_rescale, exponent=dynamic_guidance,
+            known=(known, known_mask) if known_by == 'network' else None)
+        if known is not None:
+            if known_by == 'guide':
+                denoise = known_frames.guided(denoise, known, known_mask, self.alpha, frame_guidance)
+            denoise = known_frames.replaced(denoise, known, known_mask)
+        way = []
+        if return_all:
+            denoise = samplers.recorded(denoise, way)
+        sampler = partial(samplers.ddim, eta=eta) if eta else samplers.SAMPLERS[sampler]
+        x = sampler(denoise, noise, self.alpha_bar, steps, generator=generator, progress=progress)
+        x = torch.stack([*way, x]) if return_all else x
         return unnormalize(x).clamp(0, 1)
+
+    def sample_long(
+        self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
+        *,
+        overlap: int | None = None,                   # frames that a window shares with the one before; None: half of them
+        later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
+        first_frames: Tensor | None = None,
+        seed: int | None = None,
+        **sampling,                                   # as in sample
+    ) -> Tensor:
+        """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
+        overlap = max(1, self.num_frames // 2) if overlap is None else overlap
+        if not 1 <= overlap < self.num_frames <= num_frames:
+            raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {self.num_frames} frames at a time, so '
+                             f'give {self.num_frames} frames or more and an overlap of 1 to {self.num_frames - 1}')
+        video = self.sample(cond, cond_scale, batch_size, first_frames=first_frames, seed=seed, **sampling).cpu()
+        while video.shape[2] < num_frames:
+            cond_scale = cond_scale if later_cond_scale is None else later_cond_scale
+            seed = None if seed is None else seed + 1_000_003  # far from the seeds of other batches
+            last = video[:, :, -overlap:]
+            window = self.sample(cond, cond_scale, len(video), first_frames=last, seed=seed, **sampling).cpu()
+            video = torch.cat((video, window[:, :, overlap:]), dim=2)
+        return video[:, :, :num_frames]
+
+    @torch.no_grad()
+    def ddim_invert(
+        self, video: Tensor, cond: Tensor | Sequence[str] | None = None,
+        *, steps: int | None = None, spacing: str = 'trailing', progress: bool = True,
+    ) -> Tensor:
+        """The noise (b c f h w) that `sample(cond, noise=noise, sampler='ddim', steps=steps)` turns back into about this
+        video: the more steps, the closer. Sample it with another cond to edit the video."""
+        self.check(video)
+        steps = samplers.spaced_steps(self.num_timesteps, steps, spacing)
+        return samplers.ddim_invert(self.denoiser(self.embed(cond)), normalize(video), self.alpha_bar, steps, progress=progress)
 
     @torch.no_grad()
     def interpolate(
@@ -151,27 +276,29 @@ class GaussianDiffusion(nn.Module):
                           generator=generator, progress=progress)
         return unnormalize(x).clamp(0, 1)
 
-    def denoiser(self, cond: Tensor | None = None, cond_scale: float = 1.) -> samplers.Denoiser:
+    def denoiser(
+        self, cond: Tensor | None = None, cond_scale: float = 1.,
+        *, negative: Tensor | None = None, rescale: float = 0., exponent: float | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> samplers.Denoiser:
         """The function samplers ask: noisy video at step t -> clean video."""
         def denoise(x, t):
-            return self.predict_x0(x, torch.full((len(x),), t, device=x.device), cond, cond_scale)
+            scale = cond_scale
+            if exponent is not None:
+                scale = guidance.dynamic_scale(cond_scale, 1 - (t + 1) / self.num_timesteps, exponent)
+            t = torch.full((len(x),), t, device=x.device)
+            return self.predict_x0(x, t, cond, scale, negative=negative, rescale=rescale, known=known)
         return denoise
 
     def predict_x0(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
+        *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        output = self.denoise_fn.forward_with_cond_scale(x, t, cond=cond, cond_scale=cond_scale)
+        output = guidance.predict(self.denoise_fn, x, t, cond, cond_scale, negative, rescale, known)
         x0 = to_x0(self.objective, output, x, *self.alpha_sigma(t))
-        return self.clip(x0) if clip_denoised else x0
-
-    def clip(self, x0: Tensor) -> Tensor:
-        """Back into [-1, 1]. With dynamic thresholding the bound is a percentile of each sample's own values, and what
-        is left is scaled down by it: guidance then saturates fewer pixels."""
-        if not self.use_dynamic_thres:
-            return x0.clamp(-1, 1)
-        bound = torch.stack([one.abs().flatten().quantile(self.dynamic_thres_percentile) for one in x0])
-        bound = bound.clamp(min=1).view(-1, 1, 1, 1, 1)
-        return x0.clamp(-bound, bound) / bound
+        if not clip_denoised:
+            return x0
+        return guidance.clip(x0, self.dynamic_thres_percentile if self.use_dynamic_thres else None)
 
     # The reverse process in the terms of the DDPM paper, for a batch with steps of its own
 
@@ -201,7 +328,8 @@ class GaussianDiffusion(nn.Module):
     def config(self) -> dict:
         """Everything needed to build this object again, in types that a checkpoint may hold."""
         own = ('image_size', 'num_frames', 'text_use_bert_cls', 'channels', 'num_timesteps', 'loss_type',
-               'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective')
+               'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective',
+               'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
             'unet': getattr(self.denoise_fn, 'config', None),
@@ -228,6 +356,16 @@ class GaussianDiffusion(nn.Module):
     def from_checkpoint(cls, path: str | Path) -> 'GaussianDiffusion':
         """The same from a checkpoint file, or from the newest one of a results folder."""
         return cls.from_state(checkpoint.load_run(path))
+
+    def has_config(self, config: dict) -> bool:
+        """Whether a checkpoint was made with our settings. Those that it is too old to know had their defaults."""
+        def completed(settings, constructor):
+            defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
+            return settings and {**defaults, **settings}
+        mine = self.config()
+        return mine['text_encoder'] == config['text_encoder'] and all(
+            completed(mine[part], constructor) == completed(config[part], constructor)
+            for part, constructor in (('diffusion', GaussianDiffusion), ('unet', Unet3D)))
 
     # Helpers
 
@@ -258,6 +396,11 @@ class GaussianDiffusion(nn.Module):
         if video.ndim != 5 or video.shape[1:] != expected:
             raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
                              'that is (batch, channels, num_frames, height, width)')
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
 
 
 def normalize(video: Tensor) -> Tensor:

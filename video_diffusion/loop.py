@@ -87,6 +87,10 @@ class TrainingLoop:
         """What rebuilds the model."""
         raise NotImplementedError
 
+    def has_config(self, config: dict) -> bool:
+        """Whether a checkpoint was made by such a run as this one."""
+        return config == self.config()
+
     def sample(self, milestone: int) -> Path:
         """Draws what the model can do now."""
         raise NotImplementedError
@@ -234,7 +238,7 @@ class TrainingLoop:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        if state['config'] != self.config():
+        if not self.has_config(state['config']):
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.config()}')
         missing = [name for name in self.parts if name not in state]

@@ -8,6 +8,8 @@ that matter are smaller than float32 can tell apart.
 A network may be asked for the noise, for v = alpha noise - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512),
 which stays well-scaled at both ends, or for x_0. `to_x0` and `to_noise` turn any of them into what a
 sampler needs.
+
+    >>> zero_snr(shifted(scaled_linear_schedule(1000), 3.))      # CogVideoX's
 """
 
 import math
@@ -29,6 +31,19 @@ def cosine_schedule(timesteps: int, offset: float = 0.008, max_beta: float = 0.9
     return torch.cumprod(1 - beta, dim=0)
 
 
+def linear_schedule(timesteps: int, start: float = 1e-4, end: float = 0.02) -> Tensor:
+    """beta, the share of the signal that a step removes, grows linearly (Ho et al. 2020, whose numbers are for 1000 steps)."""
+    return torch.cumprod(1 - torch.linspace(start, end, timesteps, dtype=torch.float64), dim=0)
+
+
+def scaled_linear_schedule(timesteps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """sqrt(beta) grows linearly: the schedule of latent models (Rombach et al. 2021, arXiv 2112.10752), for 1000 steps too."""
+    return torch.cumprod(1 - torch.linspace(start ** 0.5, end ** 0.5, timesteps, dtype=torch.float64) ** 2, dim=0)
+
+
+SCHEDULES = {'cosine': cosine_schedule, 'linear': linear_schedule, 'scaled_linear': scaled_linear_schedule}
+
+
 def shifted(alpha_bar: Tensor, shift: float) -> Tensor:
     """The schedule with its signal-to-noise ratio alpha_bar / (1 - alpha_bar) divided by `shift`.
 
@@ -39,6 +54,26 @@ def shifted(alpha_bar: Tensor, shift: float) -> Tensor:
     if not shift > 0:
         raise ValueError(f'schedule_shift={shift}: give a positive number, 1 for the plain schedule')
     return alpha_bar / (shift + (1 - shift) * alpha_bar)
+
+
+def zero_snr(alpha_bar: Tensor) -> Tensor:
+    """The schedule with alpha moved and stretched so that the first step stays and the last is 0, pure noise.
+
+    Sampling starts from pure noise. Where the last step of training still holds a trace of the clip, the network
+    learns to read brightness off it, and pure noise then says "medium" (Lin et al. 2023, arXiv 2305.08891).
+    """
+    alpha = alpha_bar.sqrt()
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
+def build_schedule(name: str, timesteps: int, shift: float = 1., rescale: bool = False) -> Tensor:
+    """A schedule by name, shifted, and then with `zero_snr` if asked to `rescale`, which is CogVideoX's order."""
+    alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
+    alpha_bar = zero_snr(alpha_bar) if rescale else alpha_bar
+    if alpha_bar[-1] > 0.01:
+        raise ValueError(f'schedule={name!r} with timesteps={timesteps} leaves {alpha_bar[-1].sqrt():.0%} of the signal at the '
+                         'last step, but sampling starts from noise alone: give more timesteps, or zero_snr=True')
+    return alpha_bar
 
 
 def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,6 +88,22 @@ def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor
 def target(objective: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """What the network is asked to predict."""
     return {'noise': noise, 'x0': x0, 'v': alpha * noise - sigma * x0}[objective]
+
+
+def min_snr_weight(objective: str, alpha_bar: Tensor, gamma: float) -> Tensor:
+    """The weight of each step's squared error (Hang et al. 2023, arXiv 2303.09556), finite from pure noise to clean video.
+
+    Nearly clean steps, whose targets are easy or hopeless, would else outvote the others. On the error in x_0 the weight
+    is min(snr, gamma). The same error is 1 / snr times as large in the noise and 1 / sigma^2 = snr + 1 times in v, so
+    there the weight is divided by that. Towards pure noise the weight of x_0 and v falls to 0: with `zero_snr` the last
+    step, where sampling begins, learns only from its neighbours.
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    if objective == 'noise':
+        return (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr
+    if objective == 'v':
+        return snr.clamp(max=gamma) / (snr + 1)
+    return snr.clamp(max=gamma)
 
 
 def to_x0(objective: str, output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:

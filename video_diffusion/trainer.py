@@ -10,6 +10,7 @@ In `results_folder`: `model-<milestone>.pt`, a tiled `<milestone>.gif` of sample
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -56,6 +57,7 @@ class Trainer(TrainingLoop):
         log_every: int = 10,                     # look at the loss: on a GPU, the only time a step waits for it
         seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
+        images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         if num_frames not in (None, diffusion.num_frames):
@@ -63,7 +65,8 @@ class Trainer(TrainingLoop):
         processes = processes or Processes(device=best_device())
         diffusion.to(processes.device)
         dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
-                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict)
+                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
+                             exts=('gif', 'png', 'jpg', 'jpeg') if images else ('gif',))
         super().__init__(
             diffusion, dataset,
             optimizer=torch.optim.Adam(diffusion.parameters(), lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
@@ -76,6 +79,7 @@ class Trainer(TrainingLoop):
             raise ValueError(f'num_sample_rows={num_sample_rows}: give 1 or more')
         self.diffusion = diffusion
         self.null_cond_prob = null_cond_prob
+        self.images = images
         self.num_samples = num_sample_rows ** 2
         self.sampling = dict(cond_scale=cond_scale, sampler=sampler, steps=sample_steps)
         self.use_captions = getattr(diffusion.denoise_fn, 'has_cond', False)
@@ -102,6 +106,11 @@ class Trainer(TrainingLoop):
         videos, captions = batch if self.dataset.captions else (batch, None)
         videos = videos.to(self.device, non_blocking=True).float() / 255
         draws = self.draw(number, videos.shape, self.prob_focus_present)
+        if self.images and self.prob_focus_present < 1:
+            # The dataset repeats an image until it is a clip. Unless every frame of it is looked at alone, the network learns
+            # from it that nothing moves (joint training on images and videos, arXiv 2204.03458, section 3).
+            still = (videos == videos[:, :, :1]).flatten(1).all(dim=1)
+            draws['focus_present_mask'] = still | draws.get('focus_present_mask', still)
         if self.focus_present_mask is not None:
             draws['focus_present_mask'] = self.focus_present_mask.to(self.device)
         # Processes average their gradients once per step, in the last backward pass.
@@ -119,9 +128,12 @@ class Trainer(TrainingLoop):
         # Steps spread evenly over the clips, from a random start: the loss depends on t more than on anything
         # else, and so varies less from batch to batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
         t = (torch.rand(1, **where) + torch.arange(clips, device=self.device) / clips) % 1
-        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows], noise=torch.randn((clips, *shape[1:]), **where)[rows])
+        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows],
+                     noise=self.diffusion.draw_noise((clips, *shape[1:]), **where)[rows])
         if self.use_captions:
             draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
+        if self.diffusion.prob_cond_frames:
+            draws['known_mask'] = self.diffusion.draw_known(clips, **where)[rows]
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
@@ -153,19 +165,23 @@ class Trainer(TrainingLoop):
     def config(self) -> dict:
         return self.diffusion.config()
 
+    def has_config(self, config: dict) -> bool:
+        return self.diffusion.has_config(config)
+
     def state_dict(self) -> dict:
         return {**super().state_dict(), 'sampling': self.sampling}  # how sample.py draws unless it is told otherwise
 
 
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
-    processes: Processes, **sampling,
+    processes: Processes, num_frames: int | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
+    draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
     parts = {}  # number of a batch -> videos. Its number goes into its seed, so that who draws it does not matter.
     for number in range(processes.rank, math.ceil(count / batch_size), processes.world_size):
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
-        parts[number] = diffusion.sample(
+        parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
             progress=processes.is_main, **sampling).cpu()
     parts = processes.gather(parts)

@@ -30,8 +30,10 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention
+from .guidance import guide
 
 BERT_DIM = 768
+FRAME_EMBEDDING = 32  # sines and cosines that a frame's number becomes
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -136,6 +138,8 @@ class Unet3D(nn.Module):
         init_kernel_size: int = 7,
         use_sparse_linear_attn: bool = True,  # spatial linear attention at every level
         resnet_groups: int = 8,
+        frame_embedding: bool = False,       # tell the network which frame is which, not only how far apart two are
+        cond_frames: bool = False,           # known frames and their mask are more input channels; see known_frames.py
     ):
         super().__init__()
         # All that is needed to build this network again; checkpoints store it.
@@ -143,6 +147,7 @@ class Unet3D(nn.Module):
         if init_kernel_size % 2 == 0:
             raise ValueError(f'init_kernel_size={init_kernel_size}: give an odd size, so that the output keeps its size')
         self.channels = channels
+        self.cond_frames = cond_frames
         self.use_bert_text_cond = use_bert_text_cond
         self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
         self.has_cond = self.cond_dim is not None
@@ -164,7 +169,11 @@ class Unet3D(nn.Module):
             return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out))
 
         init_dim = init_dim or dim
-        self.init_conv = FrameConv(channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
+        self.init_conv = FrameConv(2 * channels + 1 if cond_frames else channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
+        # Temporal attention sees distances between frames only. Where a clip has a beginning ("first moves left"), a
+        # network that can count from it learns motion much sooner; where any cut of a longer video will do, leave it out.
+        self.frame_embedding = nn.Sequential(
+            SinusoidalEmbedding(FRAME_EMBEDDING), nn.Linear(FRAME_EMBEDDING, init_dim)) if frame_embedding else None
         self.init_temporal_attention = temporal(init_dim)
         self.time_bias = RelativePositionBias(attn_heads)
 
@@ -196,13 +205,21 @@ class Unet3D(nn.Module):
         focus_present_mask: Tensor | None = None,    # (b) bool: in these samples no frame sees another
         prob_focus_present: float = 0.,              # without a mask: draw one with this probability
         null_cond_mask: Tensor | None = None,        # (b) bool: drop the condition of these samples instead
+        known: Tensor | None = None,                 # (b c f h w): known frames in [-1, 1], with `cond_frames` only
+        known_mask: Tensor | None = None,            # (b f) bool: which of them are known; None: no frame is
     ) -> Tensor:
         self.check(x, cond)
         b, _, f = x.shape[:3]
+        if self.cond_frames:
+            x = with_known_frames(x, known, known_mask)  # (b 2c+1 f h w)
+        elif known is not None:
+            raise ValueError('known frames were given, but this model was built without cond_frames=True')
         bias, frames_alone = self.temporal_bias(b, f, focus_present_mask, prob_focus_present)
 
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
+        if self.frame_embedding:
+            x = x + self.frame_embedding(torch.arange(f, device=x.device)).t()[:, :, None, None]  # (c f 1 1)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
         x = self.init_temporal_attention(x, self.time_bias(f))
         first = x
@@ -239,17 +256,22 @@ class Unet3D(nn.Module):
         cond: Tensor | None = None,
         focus_present_mask: Tensor | None = None,
         prob_focus_present: float = 0.,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         *,
         cond_scale: float = 2.,
     ) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598): from the unconditional prediction towards, and past, the
         conditional one. Scale 1 is the plain conditional forward, 0 the unconditional one."""
-        focus = dict(focus_present_mask=focus_present_mask, prob_focus_present=prob_focus_present)
-        with_cond = self(x, time, cond, **focus)
+        frames = dict(focus_present_mask=focus_present_mask, prob_focus_present=prob_focus_present,
+                      known=known, known_mask=known_mask)
+        if cond_scale == 0 and self.has_cond:
+            return self(x, time, cond, null_cond_prob=1., **frames)
+        with_cond = self(x, time, cond, **frames)
         if cond_scale == 1 or not self.has_cond:
             return with_cond
-        without = self(x, time, cond, null_cond_prob=1., **focus)
-        return without + (with_cond - without) * cond_scale
+        without = self(x, time, cond, null_cond_prob=1., **frames)
+        return guide(with_cond, without, cond_scale)
 
     def temporal_bias(
         self, batch: int, frames: int, mask: Tensor | None, prob: float,
@@ -285,6 +307,13 @@ class Unet3D(nn.Module):
             raise ValueError('cond was given, but this model was built without cond_dim')
         if self.has_cond and cond.shape != (x.shape[0], self.cond_dim):
             raise ValueError(f'cond has shape {tuple(cond.shape)}: expected ({x.shape[0]}, {self.cond_dim})')
+
+
+def with_known_frames(x: Tensor, known: Tensor | None, mask: Tensor | None) -> Tensor:
+    """x (b c f h w) with two more sets of channels: the known frames, 0 where unknown, and 1 where they are known."""
+    mask = torch.zeros_like(x[:, :1]) if mask is None else mask[:, None, :, None, None].expand_as(x[:, :1]).to(x.dtype)
+    known = torch.zeros_like(x) if known is None else known * mask
+    return torch.cat((x, known, mask), dim=1)
 
 
 def bernoulli(count: int, prob: float, device: torch.device) -> Tensor:

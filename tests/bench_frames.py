@@ -1,0 +1,65 @@
+"""Does the model continue a clip? The toy world's judge on predicted and on prolonged clips.
+
+    python train.py --known-frames 0.5 && python tests/bench_frames.py results/
+
+Predicts unseen clips from their first 2 frames, without their captions, in each of the three ways of known_frames.py; a
+prediction is right if it is lawful and has the shape, the colour and the direction of the clip. Then draws clips of 4
+times the length of the model's own, window by window, from a caption for the first window; they should be lawful.
+"""
+
+import argparse
+import json
+
+import torch
+
+from video_diffusion import GaussianDiffusion, shapes, video_tensor_to_gif
+from video_diffusion.distributed import best_device
+from video_diffusion.script import keep_freed_memory
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('checkpoint')
+    parser.add_argument('--count', type=int, default=64)
+    parser.add_argument('--steps', type=int, default=25)
+    parser.add_argument('--sampler', default='ddim')
+    parser.add_argument('--ways', nargs='+', default=['network', 'guide', 'replace'])
+    parser.add_argument('--weights', nargs='+', type=float, default=[5.], help='of guidance by frames')
+    parser.add_argument('--overlap', type=int, default=4, help='frames that the windows of long clips share')
+    parser.add_argument('--out', help='folder for GIFs of what was drawn')
+    args = parser.parse_args()
+    keep_freed_memory()
+    device = best_device()
+    diffusion = GaussianDiffusion.from_checkpoint(args.checkpoint).to(device)
+    sampling = dict(sampler=args.sampler, steps=args.steps, progress=False)
+    clips, captions = zip(*(shapes.random_clip(10 ** 9 + i, diffusion.height, diffusion.num_frames) for i in range(args.count)))
+    clips = torch.stack(clips)
+    results = []
+
+    def report(name, videos, true):
+        results.append({'case': name, **true, **shapes.grade_all(videos)})
+        print(f'{name}: {results[-1]}', flush=True)
+        if args.out:
+            video_tensor_to_gif(videos[:16], f'{args.out}/{name.replace(" ", "-")}.gif')
+
+    for way in args.ways:
+        for weight in args.weights if way == 'guide' else [5.]:
+            drawn = [diffusion.sample(list(words), 0., first_frames=first.to(device), known_by=way, frame_guidance=weight,
+                                      seed=i, **sampling).cpu()
+                     for i, (first, words) in enumerate(zip(clips[:, :, :2].split(16), chunks(captions)))]
+            drawn = torch.cat(drawn)
+            grades = [shapes.grade(video) for video in drawn]
+            right = [grade.lawful and grade.follows(caption) for grade, caption in zip(grades, captions)]
+            report(f'{way} {weight}' if way == 'guide' else way, drawn, {'right': 100 * sum(right) / len(right)})
+        drawn = [diffusion.sample_long(4 * diffusion.num_frames, list(words), 2., overlap=args.overlap, later_cond_scale=0.,
+                                       known_by=way, seed=i, **sampling) for i, words in enumerate(chunks(captions))]
+        report(f'long {way}', torch.cat(drawn), {})
+    print(json.dumps(results))
+
+
+def chunks(items, size=16):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+if __name__ == '__main__':
+    main()
