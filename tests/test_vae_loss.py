@@ -99,7 +99,8 @@ def test_the_critic_scores_the_first_frame_as_a_picture_and_later_ones_with_thei
     torch.testing.assert_close(critic(later)[:, :, :3], scores[:, :, :3])
     shuffled = critic(video[:, :, [2, 1, 0, 3, 4, 5]])
     assert (shuffled - scores)[:, :, 3].abs().max() > 1e-4          # the same frame after another past
-    assert critic(video[:, :, :0]).numel() == 0
+    empty = critic(video[:, :, :0])                                  # the share of a process without frames
+    assert empty.numel() == 0 and empty.requires_grad
 
 
 def test_a_critic_learns_to_tell_a_blurred_clip():

@@ -115,8 +115,8 @@ class Discriminator(nn.Module):
         self.scores = nn.Conv3d(widths[-1], 1, 1)
 
     def forward(self, video: Tensor, piece: Piece = Piece()) -> Tensor:
-        if video.shape[2] == 0:                              # a process without frames has nothing to say
-            return video[:, :1]
+        if video.shape[2] == 0:                              # a process without frames; backward() must work all the same
+            return video[:, :1] + self.scores.bias
         x = F.leaky_relu(self.conv_in(video * 2 - 1, piece), 0.2)           # b dim f h w
         for down, conv, norm in self.levels:
             x, _ = down(x, piece)                                           # half of h and w
