@@ -87,14 +87,14 @@ class VAELoss(nn.Module):
     def forward(self, video: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian,
                 frames: float) -> tuple[Tensor, Tensor, Tensor]:
         """(negative log-likelihood, error of the reconstruction, KL); `frames`: see the top of this file."""
-        b, c, own, h, w = video.shape
+        b, c, _, h, w = video.shape
         difference = reconstruction - video
         error = (difference.abs() if self.kind == 'l1' else difference.square()).sum() / (b * c * frames * h * w)
         kl = posterior.kl().sum() / (b * c * frames * h * w)
         nll = error
         if self.perceptual is not None:
             nll = nll + self.perceptual_weight * self.perceptual(video, reconstruction) / (b * frames)
-        return nll * torch.exp(-self.logvar) + self.logvar * (own / frames), error, kl
+        return nll * torch.exp(-self.logvar) + self.logvar, error, kl
 
 
 class Discriminator(nn.Module):
