@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Draw videos from a trained model.
+"""Draw videos from a trained model, or see what a trained VAE makes of a clip.
 
     python sample.py results/ --prompt "a red circle moving left" --count 4
     python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
     python sample.py results/ --prompt "a red circle moving left" --first-frames clip.gif --frames 32
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
+    python sample.py results_vae/ --reconstruct clip.gif
 
 Everything about the model is read from the checkpoint; the averaged (EMA) weights are used. Writes one GIF per
 video and one with all of them, tiled.
@@ -15,15 +16,19 @@ import argparse
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
 from video_diffusion.dataset import resize_and_crop
+from video_diffusion.frame_shares import fitting_frames
 from video_diffusion.gif import read_frames
 from video_diffusion.known_frames import WAYS
+from video_diffusion.metrics import psnr
 from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
 from video_diffusion.trainer import sample_many
+from video_diffusion.vae_trainer import vae_from_state
 
 
 def flags(argv=None) -> argparse.Namespace:
@@ -51,6 +56,7 @@ def flags(argv=None) -> argparse.Namespace:
     add('--later-cond-scale', type=float, help='--cond-scale after the first piece; 0 where prompts only say how a video '
         'begins (default: as --cond-scale)')
     add('--seed', type=int, default=0, help='(default: 0)')
+    add('--reconstruct', metavar='CLIP', help='put this clip through a VAE, there and back')
     add('--out', default='samples', help='folder for the GIFs (default: samples)')
     add('--batch-size', type=int, default=16, help='videos drawn at once (default: 16)')
     add('--device', help='cpu, cuda, mps (default: the fastest there is)')
@@ -62,6 +68,18 @@ def main() -> None:
     keep_freed_memory()
     processes = distributed.init(device=args.device)
     state = checkpoint.load_run(args.checkpoint)
+    is_vae = 'vae' in state['config']
+    if is_vae != bool(args.reconstruct):
+        raise ValueError(f'{args.checkpoint} holds ' + ('a VAE: give it a clip with --reconstruct' if is_vae else
+                         'a diffusion model: it draws, leave --reconstruct out'))
+    if is_vae:
+        reconstruct(vae_from_state(state).to(processes.device), args)
+    else:
+        draw(state, args, processes)
+    distributed.close()
+
+
+def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes) -> None:
     diffusion = GaussianDiffusion.from_state(state).to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
@@ -77,7 +95,24 @@ def main() -> None:
                          **sampling)
     if processes.is_main:
         write(videos, prompts, Path(args.out))
-    distributed.close()
+
+
+@torch.no_grad()
+def reconstruct(vae, args: argparse.Namespace) -> None:
+    """The clip, cut to a size that fits the VAE, and what is left of it after the latents."""
+    clip = read_frames(args.reconstruct, vae.config['in_channels'])                    # c f h w
+    frames, height, width = clip.shape[1:]
+    unit = vae.space_compression
+    size = [max(unit, side // unit * unit) for side in (height, width)]
+    clip = resize_and_crop(clip[:, :fitting_frames(frames, vae.time_compression)], size)
+    video = clip[None].to(next(vae.parameters()).device).float() / 255
+    z = vae.encode(video).mode()
+    again = vae.decode(z, video.shape[2]).clamp(0, 1)
+    out, name = Path(args.out), Path(args.reconstruct).stem
+    video_tensor_to_gif(again[0], out / f'{name}.gif')
+    video_tensor_to_gif(torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0], out / f'{name}-compared.gif')
+    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.gif, '
+          f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: {out / name}-compared.gif')
 
 
 def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:

@@ -1,53 +1,67 @@
 #!/usr/bin/env python
-"""Train a video diffusion model.
+"""Train a video diffusion model, or a video VAE.
 
     python train.py                      # on a toy world of moving shapes that it draws itself
     python train.py my_gifs/             # on your own GIFs, with captions (clip.txt beside clip.gif) or without
+    python train.py my_gifs/ --stage vae # first a VAE, whose latents are smaller than pixels
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
     torchrun --nproc_per_node=4 train.py my_gifs/ --amp
+    torchrun --nproc_per_node=4 train.py my_gifs/ --stage vae --context-parallel 2
 """
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 from video_diffusion import (
     GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, distributed, lr_schedule, shapes, video_tensor_to_gif)
-from video_diffusion.dataset import clip_shape, find_clips, read_captions
+from video_diffusion.causal_vae import CausalVAE
+from video_diffusion.convert_vae import causal_vae_from_diffusers, causal_vae_from_sat
+from video_diffusion.dataset import find_clips, read_captions
+from video_diffusion.frame_shares import fitting_frames
 from video_diffusion.noise_schedule import SCHEDULES
 from video_diffusion.samplers import SAMPLERS
-from video_diffusion.script import keep_freed_memory, one_line_errors
+from video_diffusion.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
 from video_diffusion.trainer import sample_many
+from video_diffusion.vae_loss import PerceptualLoss
+from video_diffusion.vae_trainer import VAETrainer, start_from
 
-# What a flag that is not given means. The CPU column trains the toy world in about ten minutes on two cores.
+# What a flag that is not given means, for --stage diffusion | vae. The CPU columns train the toy world in about ten minutes
+# on two cores.
 DEFAULTS = {
-    #                    CPU         GPU
-    'image_size':       (16,         32),       # of the toy world; your clips keep their size up to max_size
-    'num_frames':       (8,          8),        # of the toy world; your clips their length up to max_frames
-    'max_size':         (32,         64),
-    'max_frames':       (8,          16),
-    'dim':              (16,         64),       # a thin first level: on a CPU the full resolution costs the most
-    'dim_mults':        ((1, 4, 8),  (1, 2, 4)),
-    'attn_dim_head':    (8,          32),
-    'linear_attention': (False,      True),
-    'batch_size':       (8,          64),
-    'lr':               (2e-3,       5e-4),
-    'steps':            (1400,       10000),
-    'sample_every':     (350,        1000),
+    #                    CPU         GPU           CPU         GPU
+    'image_size':       (16,         32,           32,         32),       # of the toy world; yours keep theirs up to max_size
+    'num_frames':       (8,          8,            8,          8),        # of the toy world; yours keep theirs up to max_frames
+    'max_size':         (32,         64,           32,         128),
+    'max_frames':       (8,          16,           8,          17),
+    'dim':              (16,         64,           16,         64),       # thin at first: on a CPU the full resolution costs most
+    'dim_mults':        ((1, 4, 8),  (1, 2, 4),    (1, 2),     (1, 2, 4)),
+    'attn_dim_head':    (8,          32,           None,       None),
+    'linear_attention': (False,      True,         None,       None),
+    'time_compression': (None,       None,         2,          4),
+    'latent_channels':  (None,       None,         4,          4),
+    'batch_size':       (8,          64,           4,          16),
+    'lr':               (2e-3,       5e-4,         2e-3,       2e-4),
+    'steps':            (1400,       10000,        2000,       20000),
+    'sample_every':     (350,        1000,         500,        1000),
 }
 
 
 def flags(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    groups = {stage: parser.add_argument_group(f'only with --stage {stage}') for stage in ('diffusion', 'vae')}
+    add_diffusion, add_vae = (group.add_argument for group in groups.values())
 
     def default(name):
-        cpu, gpu = (' '.join(map(str, v)) if isinstance(v, tuple) else v for v in DEFAULTS[name])
-        return f'(default: {cpu} on a CPU, {gpu} on a GPU)' if cpu != gpu else f'(default: {cpu})'
+        columns = [' '.join(map(str, v)) if isinstance(v, tuple) else v for v in DEFAULTS[name]]
+        texts = [f'{cpu} on a CPU, {gpu} on a GPU' if cpu != gpu else f'{cpu}' for cpu, gpu in (columns[:2], columns[2:])]
+        texts = [text for text in dict.fromkeys(texts) if text != 'None']
+        return f'(default: {texts[0]}' + (f'; with --stage vae {texts[1]})' if len(texts) > 1 else ')')
 
-    add('folder', nargs='?', help='clips to train on; without it the toy world is drawn into data/shapes')
-    add('--results', default='results', help='where checkpoints, samples and the log go (default: results)')
+    add('folder', nargs='?', help='clips to train on; without it the toy world is drawn into data/')
+    add('--stage', default='diffusion', choices=('diffusion', 'vae'), help='what to train (default: diffusion)')
+    add('--results', help='where checkpoints, samples and the log go (default: results; with --stage vae results_vae)')
     add('--resume', action='store_true', help='go on from the newest checkpoint in --results')
     add('--steps', type=int, help=f'optimiser steps {default("steps")}')
     add('--batch-size', type=int, help=f'clips per forward pass of each process {default("batch_size")}')
@@ -55,82 +69,132 @@ def flags(argv=None) -> argparse.Namespace:
     add('--lr', type=float, help=f'learning rate, reached after --warmup steps {default("lr")}')
     add('--warmup', type=int, default=50, help='steps of warm-up, before a cosine decay to zero (default: 50)')
     add('--image-size', type=int, nargs='+', metavar='N', help='side, or height and width (default: as the clips, but '
-        f'at most {DEFAULTS["max_size"][0]} on a CPU and {DEFAULTS["max_size"][1]} on a GPU; toy world {default("image_size")})')
-    add('--num-frames', type=int, help='frames per clip (default: as the clips, but at most '
-        f'{DEFAULTS["max_frames"][0]} on a CPU and {DEFAULTS["max_frames"][1]} on a GPU; toy world: {DEFAULTS["num_frames"][0]})')
+        f'not above {default("max_size")[10:-1]}; of the toy world {default("image_size")[10:-1]})')
+    add('--num-frames', type=int, help=f'frames per clip (default: as the clips, but not above {default("max_frames")[10:-1]}; '
+        f'of the toy world {default("num_frames")[10:-1]})')
     add('--channels', type=int, default=3, help='1 grey, 3 RGB, 4 RGBA (default: 3)')
     add('--dim', type=int, help=f'width of the network {default("dim")}')
     add('--dim-mults', type=int, nargs='+', metavar='M', help=f'width of each level {default("dim_mults")}')
-    add('--attn-dim-head', type=int, help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
-    add('--linear-attention', action=argparse.BooleanOptionalAction,
+    add_diffusion('--attn-dim-head', type=int,
+                  help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
+    add_diffusion('--linear-attention', action=argparse.BooleanOptionalAction,
         help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
-    add('--frame-embedding', action=argparse.BooleanOptionalAction, default=True,
+    add_diffusion('--frame-embedding', action=argparse.BooleanOptionalAction, default=True,
         help='tell the network which frame is the first: motion is learnt much sooner (default: on)')
-    add('--unconditional', action='store_true', help='do not use the captions')
-    add('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
+    add_diffusion('--unconditional', action='store_true', help='do not use the captions')
+    add_diffusion('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
-    add('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
-    add('--schedule', default='cosine', choices=tuple(SCHEDULES), help='how the noise grows (default: cosine)')
-    add('--schedule-shift', type=float, default=1., help='above 1: more noise at every step (default: 1)')
-    add('--zero-snr', action='store_true', help='let the last step be pure noise (not with --objective noise)')
-    add('--min-snr', type=float, metavar='GAMMA', help='weigh steps by min(snr, GAMMA), 5 is usual (default: all alike)')
-    add('--offset-noise', type=float, default=0., help='share of noise that is one value per clip and channel (default: 0)')
-    add('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
-    add('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told the '
-        'first frames, or the first and the last, so that it learns to continue clips (default: 0)')
-    add('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
+    add_diffusion('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
+    add_diffusion('--schedule', default='cosine', choices=tuple(SCHEDULES), help='how the noise grows (default: cosine)')
+    add_diffusion('--schedule-shift', type=float, default=1., help='above 1: more noise at every step (default: 1)')
+    add_diffusion('--zero-snr', action='store_true', help='let the last step be pure noise (not with --objective noise)')
+    add_diffusion('--min-snr', type=float, metavar='GAMMA',
+                  help='weigh steps by min(snr, GAMMA), 5 is usual (default: all alike)')
+    add_diffusion('--offset-noise', type=float, default=0.,
+                  help='share of noise that is one value per clip and channel (default: 0)')
+    add_diffusion('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
+    add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
+        'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
+    add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
     add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
     add('--ema-decay', type=float, default=0.995, help='of the averaged weights (default: 0.995)')
     add('--max-grad-norm', type=float, default=1., help='(default: 1)')
     add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
-    add('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
-    add('--sampler', default='ddim', choices=tuple(SAMPLERS), help='of the samples (default: ddim)')
-    add('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
-    add('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
+    add_diffusion('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
+    add_diffusion('--sampler', default='ddim', choices=tuple(SAMPLERS), help='of the samples (default: ddim)')
+    add_diffusion('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
+    add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
+    add_vae('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
+    add_vae('--latent-channels', type=int, help=default('latent_channels'))
+    add_vae('--kl-weight', type=float, default=1e-6, help='(default: 1e-6)')
+    add_vae('--perceptual', metavar='FILE', help='weights of VGG16, to compare its features too (default: do not)')
+    add_vae('--disc-start', type=int, metavar='STEP', help='from here on a discriminator has a say (default: never)')
+    add_vae('--image-share', type=float, default=0.1, help='of the batches are single frames (default: 0.1)')
+    add_vae('--only-train-decoder', action='store_true', help='leave the encoder and its latents as they are')
+    add_vae('--init', metavar='PATH', help='begin with the weights of CogVideoX: its 3d-vae.pt, or a folder of '
+        'diffusers; sizes are taken from there (default: random weights)')
+    add_vae('--ignore', nargs='+', default=[], metavar='PREFIX', help='with --init: leave the weights whose names begin '
+        'so random (default: none)')
+    add_vae('--context-parallel', type=int, default=1, help='processes that share the frames of a clip (default: 1)')
     add('--seed', type=int, default=0, help='(default: 0)')
     add('--strict', action='store_true', help='a damaged clip is an error, not a warning')
     add('--device', help='cpu, cuda, mps (default: the fastest there is)')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for action in groups['vae' if args.stage == 'diffusion' else 'diffusion']._group_actions:
+        if getattr(args, action.dest) != action.default:
+            raise ValueError(f'{action.option_strings[0]} has no meaning with --stage {args.stage}')
+    if args.init and (args.dim, args.dim_mults, args.time_compression, args.latent_channels) != (None,) * 4:
+        raise ValueError('--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, --time-compression '
+                         'and --latent-channels out')
+    if args.ignore and not args.init:
+        raise ValueError('--ignore: names weights that --init is not to take over, and there is no --init')
+    return args
 
 
 def main() -> None:
     args = flags()
     keep_freed_memory()
-    processes = distributed.init(device=args.device)
+    processes = distributed.init(device=args.device, context_parallel=args.context_parallel)
     fill_in_defaults(args, on_gpu=processes.device.type != 'cpu')
-    results = Path(args.results)
-    if not args.resume and checkpoint.milestones(results):
-        raise ValueError(f'{results} already holds a run: go on with it by --resume, or choose another --results')
+    if not args.resume and checkpoint.milestones(args.results):
+        raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
-    trainer = build_trainer(args, processes)
+    folder = args.folder or toy_world(args, processes)
+    trainer = (vae_trainer if args.stage == 'vae' else diffusion_trainer)(args, folder, processes)
     if args.resume:
         trainer.load(-1)
-    trainer.train(prob_focus_present=args.focus_present)
-    if trainer.step == args.steps and args.folder is None:
-        grade_toy_world(args, trainer)
+    if args.stage == 'vae':
+        trainer.train()
+    else:
+        trainer.train(prob_focus_present=args.focus_present)
+        if trainer.step == args.steps and args.folder is None:
+            grade_toy_world(args, trainer)
     if processes.is_main:
-        report(trainer)
+        report(args, trainer)
     distributed.close()
 
 
 def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
     """What was not given depends on the device; the size of the clips only where we draw them."""
+    args.results = args.results or ('results_vae' if args.stage == 'vae' else 'results')
     for name, values in DEFAULTS.items():
         depends_on_clips = args.folder is not None and name in ('image_size', 'num_frames')
         if getattr(args, name, None) is None and not depends_on_clips:
-            setattr(args, name, values[on_gpu])
+            setattr(args, name, values[on_gpu + 2 * (args.stage == 'vae')])
     if isinstance(args.image_size, list):
         if len(args.image_size) > 2:
             raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: give one number, or height and width')
         args.image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
 
 
-def build_trainer(args: argparse.Namespace, processes: distributed.Processes) -> Trainer:
-    folder = args.folder or draw_toy_world(args, processes)
-    frames, height, width = clip_size(args, folder)
+def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Path:
+    if not isinstance(args.image_size, int):
+        raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
+    folder = Path('data/shapes' if args.stage == 'diffusion' else f'data/shapes-{args.image_size}')
+    return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
+
+
+def clip_size(args: argparse.Namespace, folder: str | Path, multiple: int) -> tuple[int, int, int]:
+    """Frames, height and width to train on: as the flags say, or like the clips."""
+    frames, height, width = like_the_clips(folder, args.max_frames, args.max_size, multiple)
+    if isinstance(args.image_size, int):
+        height = width = args.image_size
+    elif args.image_size is not None:
+        height, width = args.image_size
+    return args.num_frames or frames, height, width
+
+
+def say_what_is_trained(size: tuple[int, int, int], model, processes: distributed.Processes) -> None:
+    if processes.is_main:
+        weights = sum(p.numel() for p in model.parameters())
+        print(f'{size[0]} frames of {size[1]}x{size[2]}, {weights / 1e6:.1f} million weights, on {processes.device}')
+
+
+def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> Trainer:
+    frames, height, width = clip_size(args, folder, multiple=2 ** (len(args.dim_mults) - 1))  # it halves frames so often
     captioned = not args.unconditional and read_captions(find_clips(folder)) is not None
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels,
@@ -142,9 +206,7 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
         prob_cond_frames=args.known_frames)
-    if processes.is_main:
-        weights = sum(p.numel() for p in diffusion.parameters())
-        print(f'{frames} frames of {height}x{width}, {weights / 1e6:.1f} million weights, on {processes.device}')
+    say_what_is_trained((frames, height, width), diffusion, processes)
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
@@ -155,46 +217,41 @@ def build_trainer(args: argparse.Namespace, processes: distributed.Processes) ->
         cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, processes=processes)
 
 
-def draw_toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Path:
-    """data/shapes, drawn if it is not there yet."""
-    folder = Path('data/shapes')
-    size, frames = args.image_size, args.num_frames
-    if not isinstance(size, int):
-        raise ValueError(f'--image-size {" ".join(map(str, size))}: the toy world is square, so give one number')
-    if processes.is_main and not folder.exists():
-        print(f'drawing {args.toy_clips} clips into {folder}')
-        unfinished = folder.with_name('shapes.unfinished')
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shapes.make_shapes(unfinished, args.toy_clips, size, frames)
-        unfinished.rename(folder)
-    processes.any(False)  # the others wait here until it is drawn
-    there = len(find_clips(folder)), *clip_shape(folder)
-    if there != (args.toy_clips, frames, size, size):
-        raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
-                         f'world asked for ({args.toy_clips} clips of {frames} frames of {size}x{size}): remove it first')
-    return folder
-
-
-def clip_size(args: argparse.Namespace, folder: str | Path) -> tuple[int, int, int]:
-    """Frames, height and width to train on: as the flags say, or like the clips but not too large for a first run."""
-    frames, height, width = clip_shape(folder)
-    if args.image_size is None:
-        shrink = min(1., args.max_size / max(height, width))
-        step = 2 ** (len(args.dim_mults) - 1)  # the network halves its frames so often
-        height, width = (max(step, round(side * shrink) // step * step) for side in (height, width))
-    elif isinstance(args.image_size, int):
-        height = width = args.image_size
+def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:
+    if args.init:
+        source = causal_vae_from_sat(args.init) if Path(args.init).suffix == '.pt' else causal_vae_from_diffusers(args.init)
+        vae = CausalVAE(**source.config)
+        start_from(vae, source.state_dict(), args.ignore)
     else:
-        height, width = args.image_size
-    return args.num_frames or min(frames, args.max_frames), height, width
+        groups = max(n for n in (32, 16, 8, 4, 2, 1) if args.dim // 2 % n == 0 or n == 1)  # of two channels or more
+        vae = CausalVAE(args.channels, args.channels, args.latent_channels, args.dim, tuple(args.dim_mults), blocks_per_level=1,
+                        time_compression=args.time_compression, norm_groups=groups, norm_scope='frame')
+    frames, height, width = clip_size(args, folder, multiple=vae.space_compression)
+    if args.num_frames is None:
+        frames = fitting_frames(frames, vae.time_compression)
+    say_what_is_trained((frames, height, width), vae, processes)
+    return VAETrainer(
+        vae, folder, image_size=(height, width), num_frames=frames, loss=args.loss, kl_weight=args.kl_weight,
+        perceptual=PerceptualLoss(args.perceptual, processes.device) if args.perceptual else None, disc_start=args.disc_start,
+        image_share=args.image_share, only_train_decoder=args.only_train_decoder, ema_decay=args.ema_decay,
+        train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate, train_num_steps=args.steps,
+        train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup), max_grad_norm=args.max_grad_norm,
+        amp=args.amp, horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
+        save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed, processes=processes)
 
 
-def report(trainer: Trainer) -> None:
+def report(args: argparse.Namespace, trainer: Trainer | VAETrainer) -> None:
     results = trainer.results_folder
     print(f'checkpoints, samples and log.csv are in {results}{os.sep}, the newest checkpoint is '
           f'{checkpoint.newest(results).name}')
-    example = f' --prompt "{trainer.dataset.captions[0]}"' if trainer.use_captions else ''
-    print(f'to sample from it: python sample.py {results}{example}')
+    if args.stage == 'vae':
+        if trainer.measured:
+            print(f'{len(trainer.held_out)} clips that it has not been trained on: {trainer.measured["psnr"]:.1f} dB PSNR, '
+                  f'{trainer.measured["ssim"]:.3f} SSIM')
+        print(f'to see what it makes of a clip: python sample.py {results} --reconstruct {trainer.held_out.paths[0]}')
+    else:
+        example = f' --prompt "{trainer.dataset.captions[0]}"' if trainer.use_captions else ''
+        print(f'to sample from it: python sample.py {results}{example}')
 
 
 def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:

@@ -52,6 +52,21 @@ def test_finds_all_sorted_and_reads_floats(folder):
         data[5]
 
 
+def test_held_out_clips_leave_the_folder_and_keep_their_captions(folder):
+    for path in folder.rglob('*.gif'):
+        path.with_suffix('.txt').write_text(f'this is {path.stem}')
+    data = GifDataset(folder, 8, num_frames=4)
+    data[0], data[2]                                                        # in the cache, by their old numbers
+    held = data.hold_out(2)
+    assert [path.stem for path in held.paths] == ['a', 'd'] and [path.stem for path in data.paths] == ['b', 'c', 'e']
+    for dataset in (held, data):
+        for path, (video, caption) in zip(dataset.paths, dataset):
+            assert torch.equal(video, gif_to_tensor(path)) and caption == f'this is {path.stem}'
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f'cannot hold out {count} of 3 clips'):
+            data.hold_out(count)
+
+
 def test_endings(folder):
     (folder / 'd.gif').rename(folder / 'd.webp')
     assert len(GifDataset(folder, 8, exts=['webp'])) == 1

@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from video_diffusion import checkpoint, gif_to_tensor, shapes
+from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
+from video_diffusion.causal_vae import CausalVAE
+from video_diffusion.convert_vae import causal_vae_to_diffusers
 
 ROOT = Path(__file__).parent.parent
 SMALL = ['--dim', '8', '--dim-mults', '1', '2', '--batch-size', '2', '--steps', '2', '--sample-every', '2', '--sample-rows', '1',
@@ -170,7 +172,8 @@ def test_help_says_every_default():
         for option in options:
             named = option.split()[0]
             is_switch = named.lstrip('-') in {
-                'resume', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file'}
+                'resume', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file',
+                'reconstruct', 'only-train-decoder'}
             assert is_switch or '(default' in ' '.join(option.split()), named
 
 
@@ -183,3 +186,60 @@ def test_sampling_is_shared_among_processes(run, clips, tmp_path):
     run('sample.py', *common[1:], '--out', 'one')
     assert torch.allclose(gif_to_tensor('one/all.gif'), gif_to_tensor('two/all.gif'), atol=2 / 255)
     assert len(list(Path('two').glob('0*.gif'))) == 3
+
+
+SMALL_VAE = ['--stage', 'vae', '--dim', '4', '--dim-mults', '1', '2', '--batch-size', '2', '--steps', '2', '--sample-every', '2',
+             '--device', 'cpu']
+
+
+def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
+    code, out, _ = run('train.py', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 5)
+    assert code == 0 and 'dB PSNR' in out and 'python sample.py results_vae --reconstruct data/shapes-32/' in out
+    code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'data/shapes-32/00003.gif', '--device', 'cpu')
+    assert code == 0 and '(3, 5, 32, 32) -> latents (4, 3, 16, 16) -> samples/00003.gif' in out
+    assert gif_to_tensor('samples/00003.gif').shape == (3, 5, 32, 32)
+    assert gif_to_tensor('samples/00003-compared.gif').shape == (3, 5, 32, 96)
+    code, _, _ = run('train.py', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 5, '--resume', '--steps', 3)
+    assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
+
+
+def test_clips_are_cut_to_what_fits_the_vae(run, clips):
+    code, out, _ = run('train.py', shapes.make_shapes('long', 10, image_size=21, num_frames=8), *SMALL_VAE,
+                       '--time-compression', 2, '--disc-start', 1, '--image-share', 0.5)
+    assert code == 0 and '8 frames of 20x20' in out
+    video_tensor_to_gif(torch.rand(3, 6, 17, 23), 'odd.gif')
+    code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'odd.gif', '--device', 'cpu')
+    assert code == 0 and gif_to_tensor('samples/odd.gif').shape == (3, 6, 16, 22)
+
+
+def test_fine_tuning_takes_over_weights_and_their_sizes(run):
+    source = CausalVAE(dim=4, dim_mults=(1, 2), latent_channels=2, blocks_per_level=1, time_compression=2, norm_groups=2)
+    causal_vae_to_diffusers(source, 'given')
+    shapes.make_shapes('toy', 10, image_size=16, num_frames=3)
+    code, out, _ = run('train.py', 'toy', '--stage', 'vae', '--init', 'given', '--steps', 1, '--batch-size', 1, '--device', 'cpu',
+                       '--lr', 0, '--ignore', 'decoder.conv_out')
+    assert code == 0
+    state = checkpoint.load_run('results_vae')['model']
+    same = {name for name, value in source.state_dict().items() if torch.equal(value, state[name])}
+    assert set(state) - same == {'decoder.conv_out.weight', 'decoder.conv_out.bias'}
+
+
+def test_errors_about_vaes_are_one_line_and_exit_2(run, clips):
+    run('train.py', clips, *SMALL, '--unconditional')
+    run('train.py', shapes.make_shapes('toy', 10, image_size=16, num_frames=3), *SMALL_VAE)
+    for script, args, sentence in [
+        ('train.py', ['toy', *SMALL_VAE, '--objective', 'v0'], 'invalid choice'),
+        ('train.py', ['toy', *SMALL_VAE, '--objective', 'noise'], '--objective has no meaning with --stage vae'),
+        ('train.py', ['toy', '--disc-start', '3'], '--disc-start has no meaning with --stage diffusion'),
+        ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--init', 'x.pt'], '--init: the sizes'),
+        ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--ignore', 'encoder'], '--ignore'),
+        ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--perceptual', 'none.pth'], 'vgg16-397923af.pth'),
+        ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--context-parallel', '2'], 'start several with torchrun'),
+        ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--num-frames', '6', '--time-compression', '4',
+                      '--dim-mults', '1', '1', '1'], '6 frames: time is compressed by 4'),
+        ('sample.py', ['results_vae', '--device', 'cpu'], 'results_vae holds a VAE: give it a clip with --reconstruct'),
+        ('sample.py', ['results', '--reconstruct', 'toy/00000.gif', '--device', 'cpu'], 'results holds a diffusion model'),
+        ('sample.py', ['results_vae', '--reconstruct', 'none.gif', '--device', 'cpu'], 'none.gif'),
+    ]:
+        code, _, err = run(script, *args)
+        assert code == 2 and sentence in err and 'Traceback' not in err, (args, err)

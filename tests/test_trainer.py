@@ -428,6 +428,22 @@ def test_learning_rate_schedules_at_their_corners():
     assert factor(60) == pytest.approx(0.6)
     assert factor(110) == factor(500) == pytest.approx(0.2)
     assert all(factor(s) < factor(s + 1) for s in range(9)) and all(factor(s) > factor(s + 1) for s in range(10, 109))
+    factor = lr_schedule.warmup_linear(total=110, warmup=10, final=0.2)
+    assert factor(0) == pytest.approx(1 / 11)
+    assert [factor(step) for step in (10, 35, 60, 110, 500)] == pytest.approx([1, 0.8, 0.6, 0.2, 0.2])
+
+
+def test_cycles_have_their_own_lengths_and_maxima_and_the_last_one_repeats():
+    factor = lr_schedule.cycles([10, 40], [1., 0.5], warmup=4, final=0.1)
+    first, second = lr_schedule.warmup_cosine(10, 4, 0.1), lr_schedule.warmup_cosine(40, 4, 0.1)
+    assert [factor(s) for s in range(10)] == [first(s) for s in range(10)]
+    assert [factor(s + 10) for s in range(40)] == pytest.approx([0.5 * second(s) for s in range(40)])
+    assert [factor(s + 50) for s in range(90)] == [factor(s % 40 + 10) for s in range(90)]
+    for bad in (([10], [1., 2.]), ([], []), ([0], [1.])):
+        with pytest.raises(ValueError, match='length of 1 or more'):
+            lr_schedule.cycles(*bad)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.)
+    assert torch.optim.lr_scheduler.LambdaLR(optimizer, factor).get_last_lr() == [2 * factor(0)]
 
 
 def test_images_train_as_frames_without_motion(clips, tmp_path):

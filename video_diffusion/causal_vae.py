@@ -179,6 +179,11 @@ class CausalVAE(nn.Module):
         self.group = group
         return self
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last weight, where losses are balanced (`vae_loss.adaptive_weight`)."""
+        return self.decoder.conv_out.weight
+
     def _moments(self, video: Tensor, chunk: int | None) -> Tensor:
         x = video * 2 - 1
         if self.group is not None:

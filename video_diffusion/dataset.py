@@ -22,6 +22,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from itertools import count
 from pathlib import Path
 from statistics import median
@@ -76,6 +77,20 @@ class GifDataset(Dataset):
         clip, caption = self.clip_and_caption(index % len(self), self.own_generator())
         video = clip.float() / 255
         return video if caption is None else (video, caption)
+
+    def hold_out(self, count: int) -> 'GifDataset':
+        """Takes `count` clips, from all over the folder, out of this dataset; they become one of their own."""
+        if not 0 < count < len(self):
+            raise ValueError(f'cannot hold out {count} of {len(self)} clips to measure on: there must be one more than that '
+                             'to train on')
+        chosen = {i * len(self) // count for i in range(count)}
+        rest = copy(self)
+        for dataset, inside in ((rest, True), (self, False)):
+            kept = [i for i in range(len(dataset)) if (i in chosen) == inside]
+            dataset.paths = [dataset.paths[i] for i in kept]
+            dataset.captions = dataset.captions and [dataset.captions[i] for i in kept]
+            dataset.cache, dataset.cached_bytes, dataset.bad, dataset.generators = {}, 0, set(), {}
+        return rest
 
     def clip(self, index: int, generator: torch.Generator | None = None) -> Tensor:
         """The clip as bytes (c f h w); without a generator not flipped, and its first frames."""

@@ -53,7 +53,7 @@ class Processes:
 
     def mean(self, values: Tensor) -> Tensor:
         """The average over the processes, on the CPU."""
-        values = values.cpu()
+        values = values.cpu().clone(memory_format=torch.contiguous_format)  # gloo writes over it, stride by stride
         if self.world_size > 1:
             dist.all_reduce(values, group=self.cpu_group)
             values /= self.world_size

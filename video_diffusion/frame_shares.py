@@ -65,6 +65,11 @@ def has_special_first_frame(frames: int, compression: int) -> bool:
                      f'that ({with_first}), or a multiple without a special first frame ({without})')
 
 
+def fitting_frames(frames: int, compression: int) -> int:
+    """The most of them that make a clip: 1 + 4k or 4k."""
+    return frames if frames % compression < 2 else frames // compression * compression + 1
+
+
 def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1, debug=False) -> Tensor:
     """(b c f h w) -> this process's share of f; for a video give the `time_compression` of its VAE.
 

@@ -75,6 +75,7 @@ class TrainingLoop:
         self.step = 0                     # optimiser steps done
         self.seconds = 0.                 # spent training, over all resumed runs
         self.pending: list[tuple] = []    # (step, values on the device, learning rate), not looked at yet
+        self.measured: dict[str, float] = {}  # at the last milestone
 
     # What a trainer fills in
 
@@ -181,7 +182,8 @@ class TrainingLoop:
                         f'the {name} of step {row["step"]} is {row[name]}: the run stops here and the last checkpoint is '
                         'untouched. Try a lower train_lr, max_grad_norm=1., or a look at the clips')
         if measure:
-            rows[-1].update(self.measure())
+            self.measured = self.measure()
+            rows[-1].update(self.measured)
         for row in rows:
             log_fn(row)
         progress.set_postfix(loss=f'{rows[-1][self.columns[0]]:.4f}', clips_per_s=f'{speed:.1f}')
@@ -239,6 +241,9 @@ class TrainingLoop:
         if not self.has_config(state['config']):
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.config()}')
+        missing = [name for name in self.parts if name not in state]
+        if missing:
+            raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']

@@ -1,8 +1,14 @@
-"""What train.py and sample.py share: errors in one line, and an allocator that suits tensors."""
+"""What train.py and sample.py need beside the library: errors in one line, an allocator that suits tensors, clips to train on."""
 
 import ctypes
+import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
+
+from . import shapes
+from .dataset import clip_shape, find_clips
+from .distributed import Processes
 
 
 @contextmanager
@@ -28,3 +34,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2 ** 31 - 1)
     except (OSError, AttributeError):
         pass  # not glibc
+
+
+def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: Processes) -> Path:
+    """The toy world in `folder`, drawn if it is not there yet."""
+    if processes.is_main and not folder.exists():
+        print(f'drawing {count} clips into {folder}')
+        unfinished = folder.with_name(folder.name + '.unfinished')
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shapes.make_shapes(unfinished, count, size, frames)
+        unfinished.rename(folder)
+    processes.any(False)  # the others wait here until it is drawn
+    there = len(find_clips(folder)), *clip_shape(folder)
+    if there != (count, frames, size, size):
+        raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
+                         f'world asked for ({count} clips of {frames} frames of {size}x{size}): remove it first')
+    return folder
+
+
+def like_the_clips(folder: str | Path, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
+    """Frames, height and width like those of the clips, but not too large for a first run; sides are multiples."""
+    frames, height, width = clip_shape(folder)
+    shrink = min(1., largest / max(height, width))
+    height, width = (max(multiple, round(side * shrink) // multiple * multiple) for side in (height, width))
+    return min(frames, most_frames), height, width

@@ -102,6 +102,7 @@ class Trainer(TrainingLoop):
         focus_present_mask: Tensor | None = None,   # (batch) bool: always these
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
+        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
         self.prob_focus_present, self.focus_present_mask = prob_focus_present, focus_present_mask
         self.run(log_fn)
 

@@ -1,0 +1,278 @@
+"""VAETrainer: trains a video VAE on a folder of clips; the loop around its step is `loop.py`.
+
+    >>> vae = CausalVAE(dim=32, dim_mults=(1, 2, 2), latent_channels=4, norm_scope='frame')
+    >>> trainer = VAETrainer(vae, 'my_gifs', image_size=32, num_frames=9, train_num_steps=10_000)
+    >>> trainer.train()
+    >>> vae = vae_from_checkpoint('results_vae')           # the averaged weights
+
+One step: the VAE learns to reconstruct, and, from step `disc_start` on, to fool a critic; then the critic learns
+from the same clips to tell the reconstructions from them (`vae_loss.py`). Two optimisers, each with its own weights.
+
+It works with any VAE that has `encode(video) -> DiagonalGaussian`, `decode(z, frames) -> video`, `config`,
+`time_compression`, `encoder` and `decoder`, and the decoder's last weight as `last_layer`.
+
+**Data and context parallel**: in a group of `processes.frames_group` each process holds some frames of every clip,
+from the pixels to the losses. Groups see different clips. Gradients are summed once per step, and are those that
+one process would compute from all clips (`vae_loss.py` says how the losses are divided).
+
+In `results_folder`: `model-<milestone>.pt`, `<milestone>.gif` with held-out clips, each beside its reconstruction
+and their difference (times 4, on grey), and `log.csv` with PSNR and SSIM on the held-out clips.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import checkpoint, lr_schedule
+from .causal_vae import CausalVAE
+from .context_parallel import Piece, split_frames, sum_gradients
+from .dataset import GifDataset, seeded_generator
+from .distributed import Processes, best_device
+from .ema import EMA
+from .frame_shares import agree_on_shares
+from .gaussian import DiagonalGaussian
+from .gif import video_tensor_to_gif
+from .loop import TrainingLoop
+from .metrics import psnr, ssim
+from .vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
+
+
+class VAETrainer(TrainingLoop):
+    columns = ('loss', 'error', 'kl', 'adversarial', 'adversarial_weight', 'discriminator')
+    measures = ('psnr', 'ssim')
+
+    def __init__(
+        self,
+        vae: nn.Module,
+        folder: str | Path,
+        *,
+        image_size: int | tuple[int, int],
+        num_frames: int,
+        loss: str = 'l1',                        # or 'l2'
+        learn_logvar: bool = False,
+        kl_weight: float = 1e-6,
+        perceptual: PerceptualLoss | None = None,
+        perceptual_weight: float = 1.,
+        disc_start: int | None = None,           # the step from which a discriminator has a say; None: never
+        disc_weight: float = 0.5,                # of its adapted weight
+        image_share: float = 0.,                 # of the batches: one frame of each clip, as an image
+        only_train_decoder: bool = False,
+        held_out: int = 16,                      # clips never trained on, to measure on; at most a tenth of them all
+        ema_decay: float = 0.995,
+        ema_warmup: bool = True,                 # see ema.py
+        train_batch_size: int = 4,               # clips in one forward pass of one process, or of those that share them
+        train_lr: float = 1e-4,
+        train_num_steps: int = 100000,
+        gradient_accumulate_every: int = 1,
+        amp: bool = False,                       # bf16 or fp16 where the hardware has it
+        save_and_sample_every: int = 1000,
+        results_folder: str | Path = './results_vae',
+        max_grad_norm: float | None = None,
+        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
+        horizontal_flip: bool = False,
+        random_window: bool = False,             # of clips longer than num_frames
+        log_every: int = 10,
+        seed: int = 0,
+        strict: bool = False,                    # a damaged clip is an error, not a warning
+        processes: Processes | None = None,      # from distributed.init(); None: this one alone
+    ):
+        processes = processes or Processes(device=best_device())
+        dataset = GifDataset(folder, image_size, vae.config['in_channels'], num_frames,
+                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict)
+        if min(dataset.size) < 11:
+            raise ValueError(f'image_size={image_size}: SSIM is measured in windows of 11 pixels, so give 11 or more')
+        if not 0 <= image_share <= 1:
+            raise ValueError(f'image_share={image_share}: give a number from 0 to 1')
+        self.held_out = dataset.hold_out(min(held_out, max(1, len(dataset) // 10)))
+        if processes.is_main:
+            print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
+
+        self.vae = vae.to(processes.device).train()
+        vae.encoder.requires_grad_(not only_train_decoder)
+        self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
+        self.discriminator = None if disc_start is None else Discriminator(vae.config['in_channels']).to(processes.device)
+        self.disc_start, self.disc_weight = disc_start, disc_weight
+        self.kl_weight, self.image_share = kl_weight, image_share
+
+        def adam(*modules, betas):
+            weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+            return torch.optim.Adam(weights, lr=train_lr, betas=betas, fused=processes.device.type in ('cpu', 'cuda'))
+        super().__init__(
+            vae, dataset, optimizer=adam(vae, self.loss, betas=(0.9, 0.99)),
+            ema=EMA(vae, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
+            accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
+            max_grad_norm=max_grad_norm, amp=amp, step_start_ema=0, update_ema_every=1,
+            save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
+            processes=processes)
+        self.parts['loss'] = self.loss
+        if self.discriminator is not None:
+            self.disc_optimizer = adam(self.discriminator, betas=(0.5, 0.9))      # a critic that remembers less
+            self.parts |= {'discriminator': self.discriminator, 'disc_optimizer': self.disc_optimizer}
+        if processes.world_size > 1:                         # all begin with the main process's weights
+            for part in filter(None, (vae, self.discriminator)):
+                for weight in part.state_dict().values():
+                    dist.broadcast(weight, 0)
+            self.ema.copy()
+        self.share_clips(True)
+
+    def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
+        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        self.run(log_fn)
+
+    # The step
+
+    def learn(self, batch, number: int, is_last: bool) -> Tensor:
+        clips = batch[0] if self.dataset.captions else batch
+        video = self.clips_or_images(clips.to(self.device, non_blocking=True).float() / 255, number)   # b c f h w
+        whole = video.shape[2]
+        frames = whole / self.processes.sharers              # what the losses are divided by, see vae_loss.py
+        video, piece = self.our_share(video)                 # from here on f is the number of our own frames
+        with self.autocast():
+            posterior = self.vae.encode(video)
+            z = posterior.mean + posterior.std * self.noise(posterior.mean, whole, number)             # b cz fz hz wz
+            reconstruction = self.vae.decode(z, whole).float()
+        posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())
+        nll, error, kl = self.loss(video, reconstruction, posterior, frames)
+
+        adversarial = weight = critic = torch.zeros((), device=self.device)
+        if self.adversarial:
+            self.discriminator.requires_grad_(False)         # the VAE is to fool it, not to spoil it
+            with self.autocast():
+                adversarial = generator_loss(self.discriminator(reconstruction, piece).float(), frames)
+            weight = self.disc_weight * adaptive_weight(
+                nll, adversarial, self.vae.last_layer, average=self.processes.mean).to(self.device)
+            self.discriminator.requires_grad_(True)
+        loss = nll + self.kl_weight * kl + weight * adversarial
+        self.backward(loss / self.processes.world_size)      # gradients are summed over all processes
+        if self.adversarial:
+            with self.autocast():
+                scores = self.discriminator(torch.cat([video, reconstruction.detach()]), piece).float()
+            critic = discriminator_loss(*scores.chunk(2), frames)
+            self.backward(critic / self.processes.world_size)
+
+        if is_last and self.processes.world_size > 1:
+            for optimizer in self.optimizers():
+                sum_gradients(optimizer.param_groups[0]['params'], dist.group.WORLD)
+        return torch.stack([loss, error, kl, adversarial, weight, critic]).detach()
+
+    @property
+    def adversarial(self) -> bool:
+        return self.discriminator is not None and self.step >= self.disc_start
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, self.disc_optimizer] if self.adversarial else [self.optimizer]
+
+    # What is random about batch `number` is drawn for the clips of all processes, and cut to ours
+
+    def ours(self, drawn: Tensor) -> Tensor:
+        return drawn.chunk(self.processes.data_size)[self.processes.data_rank]
+
+    def clips_or_images(self, video: Tensor, number: int) -> Tensor:
+        """The clips, or by a share of the batches one frame of each."""
+        generator = seeded_generator(self.seed, 'images', number)
+        if torch.rand(1, generator=generator).item() >= self.image_share:
+            return video
+        b, _, f = video.shape[:3]
+        frames = self.ours(torch.randint(f, (b * self.processes.data_size,), generator=generator))
+        return video[torch.arange(b), :, frames].unsqueeze(2)                                          # b c 1 h w
+
+    def noise(self, like: Tensor, frames: int, number: int) -> Tensor:
+        b, c, _, h, w = like.shape
+        latents = -(-frames // self.vae.time_compression)
+        generator = seeded_generator(self.seed, 'noise', number, device=self.device)
+        noise = self.ours(torch.randn(b * self.processes.data_size, c, latents, h, w, device=self.device, generator=generator))
+        return noise if self.processes.sharers == 1 else split_frames(noise, self.processes.frames_group)
+
+    def our_share(self, video: Tensor) -> tuple[Tensor, Piece]:
+        """The frames of this process, and what the discriminator must know about them."""
+        if self.processes.sharers == 1:
+            return video, Piece()
+        whole, compression = video.shape[2], self.vae.time_compression
+        video = split_frames(video, self.processes.frames_group, compression)
+        if video.shape[2] in (0, whole):                     # an image is the first process's alone
+            return video, Piece()
+        return video, Piece(shares=agree_on_shares(video, self.processes.frames_group, compression))
+
+    # Milestones
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """PSNR and SSIM of the averaged VAE, the mean over the held-out clips; the processes take turns."""
+        total = torch.zeros(2)
+        with self.averaged():
+            for i in range(self.processes.rank, len(self.held_out), self.processes.world_size):
+                video, reconstruction = self.reconstruct(i)
+                total += torch.stack([psnr(reconstruction, video), ssim(reconstruction, video)]).flatten().cpu()
+        total = self.processes.mean(total) * self.processes.world_size / len(self.held_out)
+        return dict(zip(self.measures, total.tolist()))
+
+    @torch.no_grad()
+    def sample(self, milestone: int) -> Path:
+        """Held-out clips, their reconstructions, and four times the difference, side by side in one tiled GIF."""
+        path = self.results_folder / f'{milestone}.gif'
+        if self.processes.is_main:
+            with self.averaged():
+                pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
+            rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
+            video_tensor_to_gif(torch.cat(rows).cpu(), path)                                           # b c f h 3*w
+        self.processes.any(False)                            # the others wait until it is drawn
+        return path
+
+    def reconstruct(self, index: int) -> tuple[Tensor, Tensor]:
+        """A held-out clip, and what is left of it after the latents: (1 c f h w) twice."""
+        video = self.held_out.clip(index)[None].to(self.device).float() / 255
+        return video, self.vae.decode(self.vae.encode(video).mode(), video.shape[2]).clamp(0, 1)
+
+    @contextmanager
+    def averaged(self):
+        """Within, the VAE holds the averaged weights, and every process has whole clips."""
+        self.vae.eval()
+        self.share_clips(False)
+        try:
+            with self.ema.average_parameters():
+                yield
+        finally:
+            self.vae.train()
+            self.share_clips(True)
+
+    def share_clips(self, yes: bool) -> None:
+        if self.processes.sharers > 1:
+            if not hasattr(self.vae, 'context_parallel'):
+                raise ValueError(f'context parallelism: {type(self.vae).__name__} cannot share the frames of a clip among '
+                                 'processes; leave it out, and every process gets its own clips')
+            self.vae.context_parallel(self.processes.frames_group if yes else None)
+
+    def config(self) -> dict:
+        return {'vae': type(self.vae).__name__, **self.vae.config}
+
+
+def vae_from_state(state: dict) -> CausalVAE:
+    """The trained VAE, with its averaged weights, from what a VAETrainer saved."""
+    config = dict(state['config'])
+    if config.pop('vae', None) != 'CausalVAE':
+        raise ValueError('the checkpoint holds no VAE, but a diffusion model')
+    vae = CausalVAE(**config)
+    vae.load_state_dict({**state['model'], **state['ema']['average']})
+    return vae.eval()
+
+
+def vae_from_checkpoint(path: str | Path) -> CausalVAE:
+    """The same from a checkpoint file, or from the newest one of a results folder."""
+    return vae_from_state(checkpoint.load_run(path))
+
+
+def start_from(vae: nn.Module, weights: dict[str, Tensor], ignore: Sequence[str] = ()) -> None:
+    """Fine-tuning: `weights` for every parameter but those whose names begin with one of `ignore`."""
+    own = vae.state_dict()
+    kept = {name for name in own if name.startswith(tuple(ignore))}
+    unused = [prefix for prefix in ignore if not any(name.startswith(prefix) for name in own)]
+    wrong = [name for name, value in own.items()
+             if name not in kept and (name not in weights or weights[name].shape != value.shape)]
+    if unused or wrong:
+        raise ValueError(f'cannot start from these weights: missing or of another shape are {wrong or "none"}, to be ignored '
+                         f'but not in this VAE are {unused or "none"}')
+    vae.load_state_dict({name: own[name] if name in kept else weights[name] for name in own})
