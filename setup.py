@@ -3,7 +3,8 @@
 from setuptools import find_packages, setup
 
 extras = {
-    'text': ['transformers', 'sentencepiece'],           # BERT embeddings of captions
+    'text': ['transformers', 'sentencepiece'],           # BERT and T5 embeddings of captions
+    'weights': ['safetensors'],                           # the files of diffusers' save_pretrained
     'test': [
         'pytest', 'pytest-cov', 'hypothesis',
         'nbclient', 'ipykernel',                          # the README runs in a real notebook kernel
@@ -24,7 +25,7 @@ setup(
     # torch and torchvision are left to the registry, resolved together: a CPU-only torch wheel and
     # the ordinary torchvision wheel install side by side but cannot be imported together.
     install_requires=[
-        'torch>=2.6', 'torchvision', 'einops', 'einops-exts', 'rotary-embedding-torch', 'pillow', 'tqdm',
+        'torch>=2.6', 'torchvision', 'einops', 'rotary-embedding-torch', 'pillow', 'tqdm',
     ],
     extras_require=extras,
 )

@@ -5,6 +5,7 @@ Run: pytest tests/test_convert_vae.py
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,4 +189,11 @@ def test_a_folder_without_weights_or_config_is_named(small_pair, tmp_path):
         causal_vae_from_diffusers(tmp_path)
     os.link(folder / 'config.json', tmp_path / 'config.json')
     with pytest.raises(FileNotFoundError, match='0 .safetensors files'):
+        read_safetensors(tmp_path)
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(ImportError, match=r'pip install "video_diffusion\[weights\]"'):
         read_safetensors(tmp_path)

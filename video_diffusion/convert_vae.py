@@ -135,8 +135,16 @@ def load_renamed(vae: nn.Module, state: dict[str, Tensor], their_name, path: str
     return vae
 
 
+def safetensors():
+    try:
+        import safetensors.torch            # an extra: imported only where it is used
+    except ImportError as error:
+        raise ImportError('the files of diffusers need safetensors: pip install "video_diffusion[weights]"') from error
+    return safetensors.torch
+
+
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+    load_file = safetensors().load_file
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
     index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
@@ -166,7 +174,7 @@ def read_config(path: str | Path, class_name: str, fixed: dict) -> dict:
 
 
 def write_pretrained(folder: str | Path, state: dict[str, Tensor], config: dict):
-    from safetensors.torch import save_file
+    save_file = safetensors().save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in state.items()}
