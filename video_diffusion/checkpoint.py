@@ -7,10 +7,12 @@ nothing, so under the target's name there is always one whole checkpoint, the ol
 pickle can hold instructions to execute, and would.
 """
 
+import inspect
 import os
 import pickle
 import re
 from pathlib import Path
+from typing import Callable
 
 import torch
 
@@ -51,6 +53,12 @@ def load_run(path: str | Path) -> dict:
         raise ValueError(f'{path} was not written by this library. Weights of video-diffusion-pytorch can be read with '
                          'video_diffusion.convert.unet_from_lucidrains')
     return state
+
+
+def same_settings(mine: dict | None, stored: dict | None, constructor: Callable) -> bool:
+    """Whether two sets of arguments build the same thing. Those that a checkpoint is too old to know had their defaults."""
+    defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
+    return (mine and {**defaults, **mine}) == (stored and {**defaults, **stored})
 
 
 def milestones(folder: str | Path) -> dict[int, Path]:

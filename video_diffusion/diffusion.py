@@ -13,7 +13,6 @@ Users hand in and get back [0, 1]; the network sees [-1, 1]. `normalize` and `un
 places where one becomes the other.
 """
 
-import inspect
 from functools import partial
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -196,11 +195,7 @@ class GaussianDiffusion(nn.Module):
         self.check(noise)
         if cond is not None and len(noise) != len(cond):
             raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
-        negative = self.embed(negative)
-        if negative is not None:
-            if len(negative) not in (1, len(cond)):
-                raise ValueError(f'negative for {len(negative)} videos and cond for {len(cond)}: give one, or as many')
-            negative = negative.expand(len(cond), *negative.shape[1:])
+        negative = guidance.for_batch(self.embed(negative), cond)
         if first_frames is not None:
             known, known_mask = known_frames.beginning(first_frames, self.num_frames)
         if known is not None:
@@ -233,18 +228,9 @@ class GaussianDiffusion(nn.Module):
         **sampling,                                   # as in sample
     ) -> Tensor:
         """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
-        overlap = max(1, self.num_frames // 2) if overlap is None else overlap
-        if not 1 <= overlap < self.num_frames <= num_frames:
-            raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {self.num_frames} frames at a time, so '
-                             f'give {self.num_frames} frames or more and an overlap of 1 to {self.num_frames - 1}')
-        video = self.sample(cond, cond_scale, batch_size, first_frames=first_frames, seed=seed, **sampling).cpu()
-        while video.shape[2] < num_frames:
-            cond_scale = cond_scale if later_cond_scale is None else later_cond_scale
-            seed = None if seed is None else seed + 1_000_003  # far from the seeds of other batches
-            last = video[:, :, -overlap:]
-            window = self.sample(cond, cond_scale, len(video), first_frames=last, seed=seed, **sampling).cpu()
-            video = torch.cat((video, window[:, :, overlap:]), dim=2)
-        return video[:, :, :num_frames]
+        return known_frames.window_by_window(
+            partial(self.sample, **sampling), self.num_frames, num_frames, cond, cond_scale, batch_size, overlap=overlap,
+            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
 
     @torch.no_grad()
     def ddim_invert(
@@ -359,12 +345,9 @@ class GaussianDiffusion(nn.Module):
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings. Those that it is too old to know had their defaults."""
-        def completed(settings, constructor):
-            defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
-            return settings and {**defaults, **settings}
         mine = self.config()
         return mine['text_encoder'] == config['text_encoder'] and all(
-            completed(mine[part], constructor) == completed(config[part], constructor)
+            checkpoint.same_settings(mine[part], config[part], constructor)
             for part, constructor in (('diffusion', GaussianDiffusion), ('unet', Unet3D)))
 
     # Helpers

@@ -47,6 +47,15 @@ def predict(
     return guide(with_cond, without, scale, rescale)
 
 
+def for_batch(negative: Tensor | None, cond: Tensor | None) -> Tensor | None:
+    """A negative condition, given once or for each video, for as many videos as `cond` (b cond_dim) is for."""
+    if negative is None:
+        return None
+    if len(negative) not in (1, len(cond)):
+        raise ValueError(f'negative for {len(negative)} videos and cond for {len(cond)}: give one, or as many')
+    return negative.expand(len(cond), *negative.shape[1:])
+
+
 def deviation(x: Tensor) -> Tensor:
     """Standard deviation of each sample: (b 1 1 1 1)."""
     return x.std(dim=(1, 2, 3, 4), keepdim=True)

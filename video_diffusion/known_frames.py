@@ -23,6 +23,8 @@ learn from it:
 The first two work with any trained model. Videos here are (b c f h w) in [-1, 1], masks (b f) bool.
 """
 
+from typing import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -86,3 +88,21 @@ def draw_mask(count: int, frames: int, prob: float, device: torch.device, genera
     length = torch.randint(1, max(2, frames - 1), (count, 1), **where)
     any_known, end_too = (torch.rand((count, 1), **where) < share for share in (prob, 0.5))
     return any_known & ((frame < length) | (end_too & (frame == frames - 1)))
+
+
+def window_by_window(
+    sample: Callable[..., Tensor], window: int, num_frames: int, cond: Tensor | Sequence[str] | None, cond_scale: float,
+    batch_size: int, *, overlap: int | None, later_cond_scale: float | None, first_frames: Tensor | None, seed: int | None,
+) -> Tensor:
+    """Videos (b c num_frames h w) from a `sample` that draws `window` frames at a time: see GaussianDiffusion.sample_long."""
+    overlap = max(1, window // 2) if overlap is None else overlap
+    if not 1 <= overlap < window <= num_frames:
+        raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
+                         f'{window} frames or more and an overlap of 1 to {window - 1}')
+    video = sample(cond, cond_scale, batch_size, first_frames=first_frames, seed=seed).cpu()
+    while video.shape[2] < num_frames:
+        cond_scale = cond_scale if later_cond_scale is None else later_cond_scale
+        seed = None if seed is None else seed + 1_000_003  # far from the seeds of other batches
+        following = sample(cond, cond_scale, len(video), first_frames=video[:, :, -overlap:], seed=seed).cpu()
+        video = torch.cat((video, following[:, :, overlap:]), dim=2)
+    return video[:, :, :num_frames]
