@@ -75,7 +75,7 @@ class GifDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f'clip {index} of {len(self)}')
         clip, caption = self.clip_and_caption(index % len(self), self.own_generator())
-        video = clip.float() / 255
+        video = self.floats(clip)
         return video if caption is None else (video, caption)
 
     def hold_out(self, count: int) -> 'GifDataset':
@@ -95,6 +95,11 @@ class GifDataset(Dataset):
     def clip(self, index: int, generator: torch.Generator | None = None) -> Tensor:
         """The clip as bytes (c f h w); without a generator not flipped, and its first frames."""
         return self.clip_and_caption(index, generator)[0]
+
+    @staticmethod
+    def floats(clips: Tensor) -> Tensor:
+        """What a model takes: a batch of bytes as floats in [0, 1]."""
+        return clips.float() / 255
 
     def clip_and_caption(self, index: int, generator: torch.Generator | None = None):
         index, frames = self.readable(index)

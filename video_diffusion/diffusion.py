@@ -9,10 +9,12 @@ from pure noise down the steps; see samplers.py.
     >>> loss.backward()
     >>> videos = diffusion.sample(batch_size=4, sampler='ddim', steps=50)     # in [0, 1] again
 
-Users hand in and get back [0, 1]; the network sees [-1, 1]. `normalize` and `unnormalize` are the only
-places where one becomes the other.
+Users hand in and get back [0, 1]; the network sees [-1, 1]. `to_network` and `to_user` are the only places
+where one becomes the other. With `latents=True` the "videos" are a VAE's latents (see latent.py), which have
+no bounds: they pass as they are, and nothing is clipped.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Iterable, Sequence
@@ -50,6 +52,7 @@ class GaussianDiffusion(nn.Module):
         min_snr_gamma: float | None = None,       # weigh the steps by min(snr, gamma); 5 is usual, None weighs all alike
         offset_noise: float = 0.,                 # how much of the training noise is one value per clip and channel
         prob_cond_frames: float = 0.,             # share of clips trained with known frames; see known_frames.py
+        latents: bool = False,                    # videos are latents: centred on 0 and unbounded, not in [0, 1]
     ):
         super().__init__()
         one_of('loss_type', loss_type, LOSSES)
@@ -66,6 +69,8 @@ class GaussianDiffusion(nn.Module):
         if prob_cond_frames and not getattr(denoise_fn, 'cond_frames', False):
             raise ValueError(f'prob_cond_frames={prob_cond_frames} needs a network that sees known frames: '
                              'Unet3D(..., cond_frames=True)')
+        if latents and use_dynamic_thres:
+            raise ValueError('use_dynamic_thres=True clips pixels, but with latents=True there are none: leave it out')
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
         self.bert = None
@@ -85,6 +90,7 @@ class GaussianDiffusion(nn.Module):
         self.min_snr_gamma = min_snr_gamma
         self.offset_noise = offset_noise
         self.prob_cond_frames = prob_cond_frames
+        self.latents = latents
 
         # Samplers take their numbers from the float64 table; training, where every sample has its own t, from
         # these two. Each is rounded to float32 only once, so sigma is right even where alpha is nearly 1.
@@ -109,12 +115,13 @@ class GaussianDiffusion(nn.Module):
         prob_focus_present: float = 0.,
         focus_present_mask: Tensor | None = None,
         known_mask: Tensor | None = None,             # (b f) bool, which frames the network is told; None draws it
+        known: Tensor | None = None,                  # (b c f h w), what it is told of them; None: what they are
         reduction: str = 'mean',
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
         one_of('reduction', reduction, ('mean', 'none'))
         self.check(video)
-        x0 = normalize(video)
+        x0 = self.to_network(video)
         if noise is None:
             noise = self.draw_noise(x0.shape, x0.device)
         if t is None:
@@ -123,7 +130,7 @@ class GaussianDiffusion(nn.Module):
         if self.prob_cond_frames:
             if known_mask is None:
                 known_mask = self.draw_known(len(x0), x0.device)
-            told = dict(known=x0, known_mask=known_mask)
+            told = dict(known=x0 if known is None else self.to_network(known), known_mask=known_mask)
         alpha, sigma = self.alpha_sigma(t)
         output = self.denoise_fn(
             self.q_sample(x0, t, noise), t, cond=self.embed(cond), null_cond_prob=null_cond_prob, **told,
@@ -134,6 +141,13 @@ class GaussianDiffusion(nn.Module):
             loss = loss * self.loss_weight[t]
         return loss.mean() if reduction == 'mean' else loss
 
+    def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """All that forward draws for `count` videos but their steps, as its arguments: a row for each video."""
+        draws = dict(noise=self.draw_noise((count, self.channels, self.num_frames, self.height, self.width), device, generator))
+        if self.prob_cond_frames:
+            draws['known_mask'] = self.draw_known(count, device, generator)
+        return draws
+
     def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Noise (b c f h w) to train with. Plain noise hardly changes the mean of a clip, so the network learns to believe it,
         and samples come out neither dark nor bright; offset noise hides the mean of every channel, too."""
@@ -143,8 +157,9 @@ class GaussianDiffusion(nn.Module):
         return noise
 
     def draw_known(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        """Which frames the network is told in training (b f)."""
-        return known_frames.draw_mask(count, self.num_frames, self.prob_cond_frames, device, generator)
+        """Which frames the network is told in training (b f). Latents of an end cannot be had without those before it."""
+        end_too = 0. if self.latents else 0.5
+        return known_frames.draw_mask(count, self.num_frames, self.prob_cond_frames, device, generator, end_too)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_start (b c f h w) in [-1, 1] with the noise of step t (b)."""
@@ -200,7 +215,7 @@ class GaussianDiffusion(nn.Module):
             known, known_mask = known_frames.beginning(first_frames, self.num_frames)
         if known is not None:
             self.check(known)
-            known, known_mask = known_frames.for_batch(normalize(known).to(noise), known_mask, len(noise))
+            known, known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
             known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
             one_of('known_by', known_by, known_frames.WAYS)
         denoise = self.denoiser(
@@ -208,15 +223,17 @@ class GaussianDiffusion(nn.Module):
             known=(known, known_mask) if known_by == 'network' else None)
         if known is not None:
             if known_by == 'guide':
-                denoise = known_frames.guided(denoise, known, known_mask, self.alpha, frame_guidance)
-            denoise = known_frames.replaced(denoise, known, known_mask)
+                denoise = known_frames.guided(denoise, known, known_mask, self.alpha, frame_guidance,
+                                               limit=math.inf if self.latents else 1.)
+            if not (self.latents and known_by == 'network'):  # what it is told of latents is only about right
+                denoise = known_frames.replaced(denoise, known, known_mask)
         way = []
         if return_all:
             denoise = samplers.recorded(denoise, way)
         sampler = partial(samplers.ddim, eta=eta) if eta else samplers.SAMPLERS[sampler]
         x = sampler(denoise, noise, self.alpha_bar, steps, generator=generator, progress=progress)
         x = torch.stack([*way, x]) if return_all else x
-        return unnormalize(x).clamp(0, 1)
+        return self.to_user(x)
 
     def sample_long(
         self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
@@ -241,7 +258,8 @@ class GaussianDiffusion(nn.Module):
         video: the more steps, the closer. Sample it with another cond to edit the video."""
         self.check(video)
         steps = samplers.spaced_steps(self.num_timesteps, steps, spacing)
-        return samplers.ddim_invert(self.denoiser(self.embed(cond)), normalize(video), self.alpha_bar, steps, progress=progress)
+        return samplers.ddim_invert(
+            self.denoiser(self.embed(cond)), self.to_network(video), self.alpha_bar, steps, progress=progress)
 
     @torch.no_grad()
     def interpolate(
@@ -257,10 +275,10 @@ class GaussianDiffusion(nn.Module):
         self.check(x1)
         generator = None if seed is None else torch.Generator(x1.device).manual_seed(seed)
         times = torch.full((len(x1),), t, device=x1.device)
-        x1, x2 = (self.q_sample(normalize(x), times, samplers.randn_like(x, generator)) for x in (x1, x2))
+        x1, x2 = (self.q_sample(self.to_network(x), times, samplers.randn_like(x, generator)) for x in (x1, x2))
         x = samplers.ddpm(self.denoiser(self.embed(cond)), (1 - lam) * x1 + lam * x2, self.alpha_bar, list(range(t, -1, -1)),
                           generator=generator, progress=progress)
-        return unnormalize(x).clamp(0, 1)
+        return self.to_user(x)
 
     def denoiser(
         self, cond: Tensor | None = None, cond_scale: float = 1.,
@@ -282,7 +300,7 @@ class GaussianDiffusion(nn.Module):
     ) -> Tensor:
         output = guidance.predict(self.denoise_fn, x, t, cond, cond_scale, negative, rescale, known)
         x0 = to_x0(self.objective, output, x, *self.alpha_sigma(t))
-        if not clip_denoised:
+        if not clip_denoised or self.latents:
             return x0
         return guidance.clip(x0, self.dynamic_thres_percentile if self.use_dynamic_thres else None)
 
@@ -315,7 +333,7 @@ class GaussianDiffusion(nn.Module):
         """Everything needed to build this object again, in types that a checkpoint may hold."""
         own = ('image_size', 'num_frames', 'text_use_bert_cls', 'channels', 'num_timesteps', 'loss_type',
                'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective',
-               'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames')
+               'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames', 'latents')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
             'unet': getattr(self.denoise_fn, 'config', None),
@@ -334,6 +352,8 @@ class GaussianDiffusion(nn.Module):
     @classmethod
     def from_state(cls, state: dict) -> 'GaussianDiffusion':
         """The trained model, with its averaged weights, from what a Trainer saved."""
+        if 'latent' in state['config']:
+            raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.latent.diffusion_from_state')
         diffusion = cls.from_config(state['config'])
         diffusion.load_state_dict({**state['model'], **state['ema']['average']})
         return diffusion
@@ -370,6 +390,14 @@ class GaussianDiffusion(nn.Module):
         """(b cond_dim), or (b n cond_dim) for a network that looks at the words."""
         return encoder.tokens(texts) if getattr(self.denoise_fn, 'text_tokens', False) else encoder(texts)
 
+    def to_network(self, video: Tensor) -> Tensor:
+        """[0, 1] -> [-1, 1]"""
+        return video if self.latents else video * 2 - 1
+
+    def to_user(self, x: Tensor) -> Tensor:
+        """[-1, 1] -> [0, 1]"""
+        return x if self.latents else ((x + 1) / 2).clamp(0, 1)
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])
 
@@ -388,13 +416,3 @@ class GaussianDiffusion(nn.Module):
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
-
-
-def normalize(video: Tensor) -> Tensor:
-    """[0, 1] -> [-1, 1]"""
-    return video * 2 - 1
-
-
-def unnormalize(x: Tensor) -> Tensor:
-    """[-1, 1] -> [0, 1]"""
-    return (x + 1) / 2

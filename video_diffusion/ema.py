@@ -24,7 +24,7 @@ class EMA:
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
-        self.weights = {name: p for name, p in model.named_parameters()}
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}  # what is frozen is its own average
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
 
     @torch.no_grad()

@@ -42,10 +42,10 @@ def replaced(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
     return denoise_the_others
 
 
-def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight: float) -> Denoiser:
+def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight: float, limit: float = 1.) -> Denoiser:
     """The denoiser, its answer moved to where it would have been less wrong about the known frames.
 
-    `alpha` (timesteps) is the share of signal in the noisy video.
+    `alpha` (timesteps) is the share of signal in the noisy video, `limit` the bound of a clean one.
     """
     mask = mask[:, None, :, None, None]
 
@@ -55,7 +55,7 @@ def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight
             x0 = denoise(x, t)
             error = (known - x0).square().mul(mask).sum()
             gradient, = torch.autograd.grad(error, x)
-        return (x0.detach() - weight * alpha[t] / 2 * gradient).clamp(-1, 1)
+        return (x0.detach() - weight * alpha[t] / 2 * gradient).clamp(-limit, limit)
     return denoise_consistently
 
 
@@ -81,13 +81,15 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
     return known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
 
 
-def draw_mask(count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and half the time the end too."""
+def draw_mask(
+    count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None, end_too: float = 0.5,
+) -> Tensor:
+    """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well."""
     where = dict(device=device, generator=generator)
     frame = torch.arange(frames, device=device)
     length = torch.randint(1, max(2, frames - 1), (count, 1), **where)
-    any_known, end_too = (torch.rand((count, 1), **where) < share for share in (prob, 0.5))
-    return any_known & ((frame < length) | (end_too & (frame == frames - 1)))
+    any_known, end = (torch.rand((count, 1), **where) < share for share in (prob, end_too))
+    return any_known & ((frame < length) | (end & (frame == frames - 1)))
 
 
 def window_by_window(
