@@ -24,6 +24,7 @@ from video_diffusion.dataset import resize_and_crop
 from video_diffusion.frame_shares import fitting_frames
 from video_diffusion.gif import read_frames
 from video_diffusion.known_frames import WAYS
+from video_diffusion.latent import LatentDiffusion, diffusion_from_state
 from video_diffusion.metrics import psnr
 from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes) -> None:
-    diffusion = GaussianDiffusion.from_state(state).to(processes.device)
+    diffusion = diffusion_from_state(state).to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
 
@@ -130,7 +131,7 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
 
 
-def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion) -> Tensor | None:
+def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion) -> Tensor | None:
     """The last frames of a file (1 c k h w), as the model sees clips: those that the videos begin with."""
     if args.first_frames is None:
         if args.known is not None or args.known_by is not None:

@@ -4,6 +4,7 @@
     python train.py                      # on a toy world of moving shapes that it draws itself
     python train.py my_gifs/             # on your own GIFs, with captions (clip.txt beside clip.gif) or without
     python train.py my_gifs/ --stage vae # first a VAE, whose latents are smaller than pixels
+    python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
     torchrun --nproc_per_node=4 train.py my_gifs/ --amp
     torchrun --nproc_per_node=4 train.py my_gifs/ --stage vae --context-parallel 2
@@ -19,12 +20,13 @@ from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.convert_vae import causal_vae_from_diffusers, causal_vae_from_sat
 from video_diffusion.dataset import find_clips, read_captions
 from video_diffusion.frame_shares import fitting_frames
+from video_diffusion.latent import LatentDiffusion, latent_shape
 from video_diffusion.noise_schedule import SCHEDULES
 from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
 from video_diffusion.trainer import sample_many
 from video_diffusion.vae_loss import PerceptualLoss
-from video_diffusion.vae_trainer import VAETrainer, start_from
+from video_diffusion.vae_trainer import VAETrainer, start_from, vae_from_checkpoint
 
 # What a flag that is not given means, for --stage diffusion | vae. The CPU columns train the toy world in about ten minutes
 # on two cores.
@@ -72,7 +74,7 @@ def flags(argv=None) -> argparse.Namespace:
         f'not above {default("max_size")[10:-1]}; of the toy world {default("image_size")[10:-1]})')
     add('--num-frames', type=int, help=f'frames per clip (default: as the clips, but not above {default("max_frames")[10:-1]}; '
         f'of the toy world {default("num_frames")[10:-1]})')
-    add('--channels', type=int, default=3, help='1 grey, 3 RGB, 4 RGBA (default: 3)')
+    add('--channels', type=int, default=3, help='1 grey, 3 RGB, 4 RGBA (default: 3; with --vae, those of the VAE)')
     add('--dim', type=int, help=f'width of the network {default("dim")}')
     add('--dim-mults', type=int, nargs='+', metavar='M', help=f'width of each level {default("dim_mults")}')
     add_diffusion('--attn-dim-head', type=int,
@@ -81,6 +83,9 @@ def flags(argv=None) -> argparse.Namespace:
         help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
     add_diffusion('--frame-embedding', action=argparse.BooleanOptionalAction, default=True,
         help='tell the network which frame is the first: motion is learnt much sooner (default: on)')
+    add_diffusion('--vae', metavar='RESULTS', help='a trained VAE, its results folder or a checkpoint: diffuse in its latents '
+                  '(default: pixels; the toy world is then 32 pixels wide)')
+    add_diffusion('--cache-latents', action='store_true', help='encode each clip once, into the folder latents/ beside the VAE')
     add_diffusion('--unconditional', action='store_true', help='do not use the captions')
     add_diffusion('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
@@ -160,6 +165,8 @@ def main() -> None:
 def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
     """What was not given depends on the device; the size of the clips only where we draw them."""
     args.results = args.results or ('results_vae' if args.stage == 'vae' else 'results')
+    if args.vae and not args.folder:
+        args.image_size = args.image_size or 32  # small clips leave too little of a latent
     for name, values in DEFAULTS.items():
         depends_on_clips = args.folder is not None and name in ('image_size', 'num_frames')
         if getattr(args, name, None) is None and not depends_on_clips:
@@ -173,7 +180,7 @@ def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
 def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Path:
     if not isinstance(args.image_size, int):
         raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
-    folder = Path('data/shapes' if args.stage == 'diffusion' else f'data/shapes-{args.image_size}')
+    folder = Path(f'data/shapes-{args.image_size}' if args.stage == 'vae' or args.vae else 'data/shapes')
     return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
 
 
@@ -189,23 +196,32 @@ def clip_size(args: argparse.Namespace, folder: str | Path, multiple: int) -> tu
 
 def say_what_is_trained(size: tuple[int, int, int], model, processes: distributed.Processes) -> None:
     if processes.is_main:
-        weights = sum(p.numel() for p in model.parameters())
+        weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f'{size[0]} frames of {size[1]}x{size[2]}, {weights / 1e6:.1f} million weights, on {processes.device}')
 
 
 def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> Trainer:
-    frames, height, width = clip_size(args, folder, multiple=2 ** (len(args.dim_mults) - 1))  # it halves frames so often
+    if args.cache_latents and not args.vae:
+        raise ValueError('--cache-latents: there are latents only with a VAE, so give --vae too')
+    vae = vae_from_checkpoint(args.vae) if args.vae else None
+    multiple = 2 ** (len(args.dim_mults) - 1) * (vae.space_compression if vae else 1)  # the U-Net halves frames so often
+    frames, height, width = clip_size(args, folder, multiple)
+    if vae and args.num_frames is None:
+        frames = fitting_frames(frames, vae.time_compression)
+    channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
     captioned = not args.unconditional and read_captions(find_clips(folder)) is not None
     encoder = WordEncoder() if captioned else None
-    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=args.channels,
+    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
                   cond_dim=encoder.dim if encoder else None, frame_embedding=args.frame_embedding,
                   cond_frames=args.known_frames > 0)
     diffusion = GaussianDiffusion(
-        unet, image_size=(height, width), num_frames=frames, channels=args.channels, timesteps=args.timesteps,
+        unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None, timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
         prob_cond_frames=args.known_frames)
+    if vae:
+        diffusion = LatentDiffusion(diffusion, vae, num_frames=frames)
     say_what_is_trained((frames, height, width), diffusion, processes)
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
@@ -214,7 +230,12 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, processes=processes)
+        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
+        latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
+
+
+def vae_folder(path: str) -> Path:
+    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:

@@ -126,7 +126,7 @@ def test_gradient_accumulation_is_one_larger_batch(clips, tmp_path):
     noise = torch.randn(4, 3, 2, 16, 16)
     for trainer in (one, two):  # the same noise however the batch is cut
         size = trainer.batch_size
-        trainer.draw = lambda n, shape, prob, size=size: dict(
+        trainer.draw = lambda n, count, prob, size=size: dict(
             t=torch.tensor([1, 5, 8, 9]).split(size)[n % (4 // size)], noise=noise.split(size)[n % (4 // size)])
         trainer.train_num_steps = 1
         trainer.train()
@@ -135,7 +135,7 @@ def test_gradient_accumulation_is_one_larger_batch(clips, tmp_path):
 
 def test_steps_are_spread_evenly_and_uniform_on_average(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path)
-    draws = torch.stack([trainer.draw(n, torch.Size((5, 3, 2, 16, 16)), 0.)['t'] for n in range(400)])
+    draws = torch.stack([trainer.draw(n, 5, 0.)['t'] for n in range(400)])
     assert (draws.sort(dim=1).values.diff() == 2).all()  # 5 of 10 steps: every second one
     counts = draws.flatten().bincount(minlength=10) / draws.numel()
     assert (counts - 0.1).abs().max() < 0.02
@@ -359,10 +359,10 @@ def test_two_processes_train_like_one_with_twice_the_batch(clips, tmp_path):
 def test_two_processes_draw_what_one_draws_for_twice_the_batch(clips, tmp_path):
     """Offset noise, too."""
     trainer = make_trainer(clips, tmp_path, diffusion=dict(offset_noise=0.5))
-    whole = trainer.draw(7, torch.Size((4, 3, 2, 16, 16)), 0.5)
+    whole = trainer.draw(7, 4, 0.5)
     for rank in (0, 1):
         trainer.processes = Processes(rank=rank, world_size=2, device=torch.device('cpu'))
-        part = trainer.draw(7, torch.Size((2, 3, 2, 16, 16)), 0.5)
+        part = trainer.draw(7, 2, 0.5)
         assert part.keys() == whole.keys()
         for name, tensor in part.items():
             assert torch.equal(tensor, whole[name][2 * rank:2 * rank + 2]), name

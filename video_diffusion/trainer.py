@@ -24,6 +24,7 @@ from .diffusion import GaussianDiffusion
 from .distributed import Processes, best_device
 from .ema import EMA
 from .gif import video_tensor_to_gif
+from .latent_cache import LatentCache
 from .loop import TrainingLoop
 from .text import CaptionCache
 
@@ -59,18 +60,24 @@ class Trainer(TrainingLoop):
         seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
+        latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         if num_frames not in (None, diffusion.num_frames):
             raise ValueError(f'num_frames={num_frames}: the diffusion was built for {diffusion.num_frames} frames')
+        if images and latent_cache is not None:
+            raise ValueError('images=True tells images from clips by their pixels, which latent_cache keeps away: leave out one')
         processes = processes or Processes(device=best_device())
         diffusion.to(processes.device)
         dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                              horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
                              exts=('gif', 'png', 'jpg', 'jpeg') if images else ('gif',))
+        if latent_cache is not None:
+            dataset = LatentCache(dataset, diffusion, latent_cache, processes)
+        weights = [p for p in diffusion.parameters() if p.requires_grad]
         super().__init__(
             diffusion, dataset,
-            optimizer=torch.optim.Adam(diffusion.parameters(), lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
+            optimizer=torch.optim.Adam(weights, lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
             ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
@@ -104,12 +111,14 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
         self.prob_focus_present, self.focus_present_mask = prob_focus_present, focus_present_mask
+        if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
+            self.diffusion.measure_scale(self.dataset)
         self.run(log_fn)
 
     def learn(self, batch, number: int, is_last: bool) -> Tensor:
         videos, captions = batch if self.dataset.captions else (batch, None)
-        videos = videos.to(self.device, non_blocking=True).float() / 255
-        draws = self.draw(number, videos.shape, self.prob_focus_present)
+        draws = self.draw(number, len(videos), self.prob_focus_present)
+        videos = self.dataset.floats(videos.to(self.device, non_blocking=True))
         if self.images and self.prob_focus_present < 1:
             # The dataset repeats an image until it is a clip. Unless every frame of it is looked at alone, the network learns
             # from it that nothing moves (joint training on images and videos, arXiv 2204.03458, section 3).
@@ -127,20 +136,18 @@ class Trainer(TrainingLoop):
             self.backward(loss)
         return loss.detach()
 
-    def draw(self, number: int, shape: torch.Size, prob_focus_present: float) -> dict[str, Tensor | float]:
-        """All that is random about batch `number`: drawn for the batches of all processes, cut to our rows."""
-        size, clips = shape[0], shape[0] * self.processes.world_size
+    def draw(self, number: int, size: int, prob_focus_present: float) -> dict[str, Tensor | float]:
+        """All that is random about batch `number` of `size` clips: drawn for the batches of all processes, cut to our rows."""
+        clips = size * self.processes.world_size
         rows = slice(self.processes.rank * size, (self.processes.rank + 1) * size)
         where = dict(device=self.device, generator=seeded_generator(self.seed, 'noise', number, device=self.device))
         # Steps spread evenly over the clips, from a random start: the loss depends on t more than on anything
         # else, and so varies less from batch to batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
         t = (torch.rand(1, **where) + torch.arange(clips, device=self.device) / clips) % 1
-        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows],
-                     noise=self.diffusion.draw_noise((clips, *shape[1:]), **where)[rows])
+        draws = dict(t=(t * self.diffusion.num_timesteps).long()[rows])
+        draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
             draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
-        if self.diffusion.prob_cond_frames:
-            draws['known_mask'] = self.diffusion.draw_known(clips, **where)[rows]
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:

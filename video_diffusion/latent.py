@@ -1,0 +1,272 @@
+"""LatentDiffusion: diffuse in the latents of a VAE, which are many times fewer than the pixels.
+
+Rombach et al. 2022 (arXiv 2112.10752): first train a VAE, then a diffusion model on what it makes of the clips.
+
+    video  b 3 9 32 32 --- VAE, frozen ---> latent  b 4 5 8 8 --- * scale ---> GaussianDiffusion(latents=True)
+           [0, 1]      <-- VAE, frozen ----           any size             about unit variance
+
+`scale` is one over the standard deviation of the latents, so that a noise schedule made for pixels fits them. With
+None the first clips of the training are measured; 1.15258426 is that of CogVideoX's VAE, 0.18215 that of SVD's.
+
+    >>> vae = CausalVAE(latent_channels=4, dim=32, dim_mults=(1, 2, 2), time_compression=2)
+    >>> channels, frames, *size = latent_shape(vae, num_frames=9, image_size=(32, 32))
+    >>> inner = GaussianDiffusion(Unet3D(dim=64, channels=channels), channels=channels, num_frames=frames,
+    ...                           image_size=tuple(size), latents=True)
+    >>> diffusion = LatentDiffusion(inner, vae, num_frames=9)
+    >>> loss = diffusion(torch.rand(2, 3, 9, 32, 32))               # from here on like a GaussianDiffusion of pixels
+    >>> videos = diffusion.sample(batch_size=2, steps=50, sampler='ddim')
+
+**Image-to-video** as in CogVideoX (arXiv 2408.06072): with `Unet3D(cond_frames=True)` and `prob_cond_frames` the
+network is told the first latent frames of some clips, as known_frames.py has it. The first of them is the
+first frame *of the video*, encoded alone, so that one image is enough, and with a little noise in it
+(sigma = exp(N(-3, 0.5)) in [-1, 1]), so that a picture need not be perfect. What the network is told is therefore
+only about right, and it answers for these frames too: `sample(image=...)`, `sample(first_frames=...)`.
+"""
+
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import known_frames
+from .causal_vae import CausalVAE
+from .diffusion import GaussianDiffusion
+from .frame_shares import has_special_first_frame
+from .gaussian import DiagonalGaussian
+from .latent_cache import Encoded, fingerprint
+
+VAES = {'CausalVAE': CausalVAE}
+CLIPS_TO_MEASURE = 64
+
+
+class LatentDiffusion(nn.Module):
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,             # with latents=True, its sizes and channels those of the latents
+        vae: nn.Module,
+        scale: float | None = None,               # what latents are multiplied with; None: see measure_scale
+        *,
+        num_frames: int | None = None,            # of the videos; None: with a special first frame, see causal_vae.py
+        max_batch: int = 8,                       # clips in the VAE at once
+        chunk: int | None = None,                 # latent frames in it at once, None: all; see CausalVAE.encode
+    ):
+        super().__init__()
+        self.num_frames = 1 + vae.time_compression * (diffusion.num_frames - 1) if num_frames is None else num_frames
+        self.height, self.width = (side * vae.space_compression for side in (diffusion.height, diffusion.width))
+        self.channels = vae.config['in_channels']
+        expected = latent_shape(vae, self.num_frames, (self.height, self.width))
+        given = diffusion.channels, diffusion.num_frames, diffusion.height, diffusion.width
+        if given != expected or not diffusion.latents:
+            raise ValueError(f'the GaussianDiffusion has (channels, num_frames, height, width) = {given} and '
+                             f'latents={diffusion.latents}: the latents of {self.num_frames} frames are {expected}, and it must '
+                             'have latents=True')
+        if max_batch < 1:
+            raise ValueError(f'max_batch={max_batch}: give 1 or more')
+        self.diffusion = diffusion
+        self.vae = vae.eval().requires_grad_(False)
+        self.max_batch, self.chunk = max_batch, chunk
+        self.register_buffer('scale', torch.tensor(float('nan') if scale is None else float(scale)))
+        self.has_scale = scale is not None        # looked up in the buffer but once: on a GPU that waits
+
+    # What is asked of a diffusion model is mostly the business of the one inside
+
+    denoise_fn = property(lambda self: self.diffusion.denoise_fn)
+    num_timesteps = property(lambda self: self.diffusion.num_timesteps)
+    prob_cond_frames = property(lambda self: self.diffusion.prob_cond_frames)
+    alpha = property(lambda self: self.diffusion.alpha)
+
+    def train(self, mode: bool = True) -> 'LatentDiffusion':
+        super().train(mode)
+        self.vae.eval()
+        return self
+
+    # Training
+
+    def forward(
+        self,
+        video: Tensor | Encoded,                      # (b c f h w) in [0, 1], or what `encode` made of it
+        cond: Tensor | Sequence[str] | None = None,
+        noise: Tensor | None = None,                  # these as in GaussianDiffusion.forward, for latents
+        t: Tensor | None = None,
+        *,
+        posterior_noise: Tensor | None = None,        # which latents of those that the VAE finds possible
+        image_noise: Tensor | None = None,            # in the first frames that the network is told; None draws both here
+        **training,                                   # the rest as there
+    ) -> Tensor:
+        posterior, image = video if isinstance(video, Encoded) else self.encode(video, image_noise)
+        self.check_scale()
+        if posterior_noise is None:
+            posterior_noise = torch.randn_like(posterior.mean)
+        z = (posterior.mean + posterior.std * posterior_noise) * self.scale              # b c f h w, of latents
+        told = None if image is None else torch.cat((image * self.scale, z[:, :, 1:]), dim=2)
+        return self.diffusion(z, cond, noise, t, known=told, **training)
+
+    def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        draws = self.diffusion.draw(count, device, generator)
+        draws['posterior_noise'] = torch.randn(draws['noise'].shape, device=device, generator=generator)
+        if self.prob_cond_frames:
+            draws['image_noise'] = self.draw_image_noise(count, device, generator)
+        return draws
+
+    def draw_image_noise(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+        """(b c 1 h w) to add to first frames in [0, 1], where it is half of what it is in [-1, 1]."""
+        where = dict(device=device, generator=generator)
+        sigma = (torch.randn((count, 1, 1, 1, 1), **where) * 0.5 - 3).exp()
+        return sigma / 2 * torch.randn((count, self.channels, 1, self.height, self.width), **where)
+
+    @torch.no_grad()
+    def measure_scale(self, dataset) -> None:
+        """scale=None: that of some clips from all over a GifDataset or LatentCache. Otherwise, or once known, nothing."""
+        if not self.scale.isnan():
+            return
+        count = min(CLIPS_TO_MEASURE, len(dataset))
+        first = second = 0.
+        for i in range(count):
+            clip = dataset.floats(dataset.clip(i * len(dataset) // count)[None].to(self.scale.device))
+            posterior = clip.posterior if isinstance(clip, Encoded) else self.posterior(clip)
+            first += posterior.mean.double().mean() / count                              # E z and E z^2
+            second += (posterior.mean.double() ** 2 + posterior.var).mean() / count
+        self.scale.copy_((second - first ** 2) ** -0.5)
+
+    def check_scale(self) -> None:
+        self.has_scale = self.has_scale or not self.scale.isnan().item()
+        if not self.has_scale:
+            raise ValueError('scale=None and nothing measured yet: call measure_scale(dataset), as the Trainer does, or give the '
+                             'scale, 1.15258426 for the VAE of CogVideoX')
+
+    # Videos to latents and back
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, image_noise: Tensor | None = None) -> Encoded:
+        """Videos (b c f h w) in [0, 1] -> their latents, unscaled, and, if the network is to be told, those of first frames."""
+        self.check(video)
+        if not self.prob_cond_frames:
+            return Encoded(self.posterior(video), None)
+        if image_noise is None:
+            image_noise = self.draw_image_noise(len(video), video.device)
+        return Encoded(self.posterior(video), self.posterior(video[:, :, :1] + image_noise).mean)
+
+    def posterior(self, video: Tensor) -> DiagonalGaussian:
+        chunk = self.chunk and self.chunk * self.vae.time_compression
+        parts = [self.vae.encode(part, chunk=chunk) for part in video.split(self.max_batch)]
+        return DiagonalGaussian(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents (b c f h w) -> videos in [0, 1]."""
+        parts = [self.vae.decode(part, self.num_frames, chunk=self.chunk) for part in (z / self.scale).split(self.max_batch)]
+        return torch.cat(parts).clamp(0, 1)
+
+    # Sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor | Sequence[str] | None = None,
+        cond_scale: float = 1.,
+        batch_size: int = 16,
+        *,
+        image: Tensor | None = None,                  # (b c h w): how the videos begin; one is enough for all. Or:
+        first_frames: Tensor | None = None,           # (b c k h w): several of them
+        known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
+        **sampling,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
+    ) -> Tensor:
+        """Videos (b c f h w) in [0, 1]; with `return_all` the whole way to them, decoded (steps + 1, b c f h w)."""
+        self.check_scale()
+        if image is not None:
+            if image.ndim != 4 or first_frames is not None:
+                raise ValueError(f'image has shape {tuple(image.shape)}: expected (batch, channels, height, width), and no '
+                                 'first_frames beside it')
+            first_frames = image.unsqueeze(2)
+        if first_frames is not None:
+            known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
+            sampling['known'], sampling['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
+        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **sampling)
+        return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
+
+    def sample_long(
+        self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
+        *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
+        seed: int | None = None, **sampling,
+    ) -> Tensor:
+        """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
+        if overlap is None:
+            overlap = max([n for n in self.whole_lengths() if n <= max(1, self.num_frames // 2)], default=self.whole_lengths()[0])
+        return known_frames.window_by_window(
+            lambda *args, **kwargs: self.sample(*args, **kwargs, **sampling), self.num_frames, num_frames, cond, cond_scale,
+            batch_size, overlap=overlap, later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
+
+    def whole_lengths(self) -> list[int]:
+        """How many first frames of a video are whole latent frames."""
+        step = self.vae.time_compression
+        return list(range(1 if has_special_first_frame(self.num_frames, step) else step, self.num_frames, step))
+
+    def beginning(self, first_frames: Tensor, by_network: bool) -> tuple[Tensor, Tensor]:
+        """First frames (b c k h w) as known latents (b c f h w), scaled, 0 where unknown, and their mask (f)."""
+        lengths = self.whole_lengths()
+        if by_network and 1 not in lengths:
+            lengths = [1, *lengths]                   # it is told the first frame as an image, in any case
+        shape = (self.channels, self.height, self.width)
+        given = tuple(first_frames.shape)
+        if len(given) != 5 or (given[1], *given[3:]) != shape or given[2] not in lengths:
+            raise ValueError(f'first_frames has shape {given}: expected (batch, {shape[0]}, k, {shape[1]}, '
+                             f'{shape[2]}), where k is {" or ".join(map(str, lengths))}, for the VAE compresses time by '
+                             f'{self.vae.time_compression}')
+        first_frames = first_frames.to(self.scale.device)
+        z = self.posterior(first_frames).mean
+        if by_network:
+            z = torch.cat((self.posterior(first_frames[:, :, :1]).mean, z[:, :, 1:]), dim=2)
+        known = torch.zeros_like(z[:, :, :1]).repeat(1, 1, self.diffusion.num_frames, 1, 1)
+        known[:, :, :z.shape[2]] = z * self.scale
+        return known, torch.arange(self.diffusion.num_frames) < z.shape[2]
+
+    def check(self, video: Tensor) -> None:
+        expected = (self.channels, self.num_frames, self.height, self.width)
+        if video.ndim != 5 or video.shape[1:] != expected:
+            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
+                             'that is (batch, channels, num_frames, height, width)')
+
+    # Building it again from a checkpoint, which holds the VAE too
+
+    def config(self) -> dict:
+        vae = {'vae': type(self.vae).__name__, **self.vae.config}
+        return {**self.diffusion.config(), 'latent': dict(vae=vae, vae_weights=fingerprint(self.vae), num_frames=self.num_frames,
+                                                          max_batch=self.max_batch, chunk=self.chunk)}
+
+    def has_config(self, config: dict) -> bool:
+        """Whether a checkpoint was made with our settings, and with our very VAE: latents of another mean nothing to it."""
+        mine, stored = self.config()['latent'], config.get('latent', {})
+        return self.diffusion.has_config(config) and all(
+            mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames'))
+
+    @classmethod
+    def from_config(cls, config: dict) -> 'LatentDiffusion':
+        latent = config['latent']
+        return cls(GaussianDiffusion.from_config(config), vae_from_config(latent['vae']),
+                   **{name: latent[name] for name in ('num_frames', 'max_batch', 'chunk')})
+
+    @classmethod
+    def from_state(cls, state: dict) -> 'LatentDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved."""
+        diffusion = cls.from_config(state['config'])
+        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
+        return diffusion
+
+
+def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(channels, frames, height, width) of the latents of videos."""
+    height, width = (side // vae.space_compression for side in image_size)
+    special = has_special_first_frame(num_frames, vae.time_compression)
+    return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
+
+
+def vae_from_config(config: dict) -> nn.Module:
+    """An untrained VAE, from what a checkpoint says about it."""
+    config = dict(config)
+    return VAES[config.pop('vae')](**config)
+
+
+def diffusion_from_state(state: dict) -> GaussianDiffusion | LatentDiffusion:
+    """Whatever diffusion model a Trainer saved, with its averaged weights."""
+    if 'vae' in state['config']:
+        raise ValueError('the checkpoint holds a VAE, not a diffusion model')
+    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state)

@@ -1,0 +1,108 @@
+"""Latents on disk: what a VAE makes of a clip is the same in every epoch, so encode each clip once.
+
+    folder/<fingerprint>/<clip>.pt       mean, logvar and, for image-to-video, image, on the channel axis: (3c f h w)
+
+Mean and log-variance are kept, not a sample, so that every epoch draws its own latents. The fingerprint is that
+of the VAE's weights and of all that shapes the latents; a clip's name comes from its path, size and date. Whatever
+changes, the old files are just not found any more. Files appear whole or not at all: a run that was
+stopped while encoding goes on with the clips that are missing, and several processes share them out.
+
+    >>> trainer = Trainer(latent_diffusion, 'my_gifs', latent_cache='results_vae/latents')
+"""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from . import checkpoint
+from .dataset import GifDataset, seeded_generator
+from .distributed import Processes
+from .gaussian import DiagonalGaussian
+
+
+class Encoded(NamedTuple):
+    """A batch of clips as a LatentDiffusion sees them."""
+    posterior: DiagonalGaussian
+    image: Tensor | None                 # (b c 1 h w), the first frames, noised and encoded alone
+
+
+class LatentCache(Dataset):
+    """Stands in for the GifDataset that it encodes: clips are (3c f h w), or (2c f h w) without image-to-video."""
+
+    def __init__(self, dataset: GifDataset, diffusion: nn.Module, folder: str | Path, processes: Processes):
+        if not hasattr(diffusion, 'encode'):
+            raise ValueError('latent_cache: this diffusion works on pixels, which no VAE has to encode')
+        if dataset.horizontal_flip or dataset.random_window:
+            raise ValueError('latent_cache: each clip is encoded once, as it is, so horizontal_flip and random_window cannot '
+                             'change it anew each time: leave them out, or leave the cache out')
+        shape = dataset.size, dataset.num_frames, dataset.channels, diffusion.chunk, diffusion.prob_cond_frames > 0
+        self.folder = Path(folder) / fingerprint(diffusion.vae, shape)
+        self.num_frames, self.latent_channels = dataset.num_frames, diffusion.vae.latent_channels
+        self.files = [self.folder / file_name(path) for path in dataset.paths]
+        self.encode_missing(dataset, diffusion, processes)
+
+        whole = [i for i, file in enumerate(self.files) if file.exists()]        # those that could be read
+        self.files = [self.files[i] for i in whole]
+        self.captions = dataset.captions and [dataset.captions[i] for i in whole]
+        if not self.files:
+            raise ValueError(f'none of the {len(dataset)} clips could be read and encoded')
+        self.memory, self.fits_in_cache = {}, False
+        self.fits_in_cache = len(self) * self.clip(0).nbytes <= dataset.cache_bytes
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def clip(self, index: int) -> Tensor:
+        if index in self.memory:
+            return self.memory[index]
+        clip = checkpoint.load(self.files[index])
+        if self.fits_in_cache:
+            self.memory[index] = clip
+        return clip
+
+    def clip_and_caption(self, index: int, generator: torch.Generator) -> tuple[Tensor, str | None]:
+        return self.clip(index), self.captions and self.captions[index]
+
+    def floats(self, clips: Tensor) -> Encoded:
+        mean, logvar, *image = clips.split(self.latent_channels, dim=1)          # b c f h w, each
+        return Encoded(DiagonalGaussian(mean, logvar), image[0][:, :, :1] if image else None)
+
+    def encode_missing(self, dataset: GifDataset, diffusion: nn.Module, processes: Processes) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [i for i in range(processes.rank, len(dataset), processes.world_size) if not self.files[i].exists()]
+        for i in tqdm(missing, desc='encoding clips', unit='clip', disable=not processes.is_main or not missing):
+            read, frames = dataset.readable(i)
+            if read != i:                                    # it is damaged, and another would stand in for it
+                continue
+            video = dataset.floats(dataset.clip(i)[None]).to(processes.device)
+            noise = None
+            if diffusion.prob_cond_frames:
+                generator = seeded_generator(self.files[i].name, device=processes.device)
+                noise = diffusion.draw_image_noise(1, processes.device, generator)
+            posterior, image = diffusion.encode(video, noise)
+            parts = [posterior.mean, posterior.logvar]       # b c f h w, each
+            if image is not None:
+                parts.append(F.pad(image, (0, 0, 0, 0, 0, parts[0].shape[2] - 1)))
+            checkpoint.save(torch.cat(parts, dim=1)[0].cpu(), self.files[i])
+        processes.any(False)                                 # the others may have clips that we need
+
+
+def fingerprint(vae: nn.Module, *more) -> str:
+    """Changes when any weight or setting of the VAE does, or anything in `more`."""
+    digest = hashlib.sha256(repr((type(vae).__name__, sorted(vae.config.items()), more)).encode())
+    for name, value in vae.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_name(clip: Path) -> str:
+    stat = clip.stat()
+    key = repr((str(clip.resolve()), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(key.encode()).hexdigest()[:16] + '.pt'
