@@ -139,7 +139,9 @@ def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | L
         return None
     clip = resize_and_crop(read_frames(args.first_frames, diffusion.channels), (diffusion.height, diffusion.width))
     most = min(clip.shape[1], diffusion.num_frames - 1)
-    known = min(most, max(1, diffusion.num_frames // 2)) if args.known is None else args.known
+    lengths = diffusion.whole_lengths() if isinstance(diffusion, LatentDiffusion) else range(1, diffusion.num_frames)
+    half = max((n for n in lengths if n <= min(most, diffusion.num_frames // 2)), default=1)
+    known = half if args.known is None else args.known
     if not 1 <= known <= most:
         raise ValueError(f'--known {known}: {args.first_frames} has {clip.shape[1]} frames and the model draws '
                          f'{diffusion.num_frames}, so give 1 to {most}')

@@ -190,7 +190,7 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
         if overlap is None:
-            overlap = max([n for n in self.whole_lengths() if n <= max(1, self.num_frames // 2)], default=self.whole_lengths()[0])
+            overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
         return known_frames.window_by_window(
             lambda *args, **kwargs: self.sample(*args, **kwargs, **sampling), self.num_frames, num_frames, cond, cond_scale,
             batch_size, overlap=overlap, later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
@@ -209,7 +209,7 @@ class LatentDiffusion(nn.Module):
         given = tuple(first_frames.shape)
         if len(given) != 5 or (given[1], *given[3:]) != shape or given[2] not in lengths:
             raise ValueError(f'first_frames has shape {given}: expected (batch, {shape[0]}, k, {shape[1]}, '
-                             f'{shape[2]}), where k is {" or ".join(map(str, lengths))}, for the VAE compresses time by '
+                             f'{shape[2]}), where k is {" or ".join(map(str, lengths)) or "nothing that fits"}, for the VAE compresses time by '
                              f'{self.vae.time_compression}')
         first_frames = first_frames.to(self.scale.device)
         z = self.posterior(first_frames).mean
