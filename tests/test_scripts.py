@@ -172,7 +172,7 @@ def test_help_says_every_default():
         for option in options:
             named = option.split()[0]
             is_switch = named.lstrip('-') in {
-                'resume', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file',
+                'resume', 'cache-latents', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file',
                 'reconstruct', 'only-train-decoder'}
             assert is_switch or '(default' in ' '.join(option.split()), named
 

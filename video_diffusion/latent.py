@@ -71,9 +71,13 @@ class LatentDiffusion(nn.Module):
     # What is asked of a diffusion model is mostly the business of the one inside
 
     denoise_fn = property(lambda self: self.diffusion.denoise_fn)
+    text_encoder = property(lambda self: self.diffusion.text_encoder)
     num_timesteps = property(lambda self: self.diffusion.num_timesteps)
     prob_cond_frames = property(lambda self: self.diffusion.prob_cond_frames)
     alpha = property(lambda self: self.diffusion.alpha)
+
+    def embed(self, cond: Tensor | Sequence[str] | None) -> Tensor | None:
+        return self.diffusion.embed(cond)
 
     def train(self, mode: bool = True) -> 'LatentDiffusion':
         super().train(mode)

@@ -36,7 +36,7 @@ class LatentCache(Dataset):
     """Stands in for the GifDataset that it encodes: clips are (3c f h w), or (2c f h w) without image-to-video."""
 
     def __init__(self, dataset: GifDataset, diffusion: nn.Module, folder: str | Path, processes: Processes):
-        if not hasattr(diffusion, 'encode'):
+        if not hasattr(diffusion, 'vae'):
             raise ValueError('latent_cache: this diffusion works on pixels, which no VAE has to encode')
         if dataset.horizontal_flip or dataset.random_window:
             raise ValueError('latent_cache: each clip is encoded once, as it is, so horizontal_flip and random_window cannot '
