@@ -216,7 +216,8 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
                   cond_dim=encoder.dim if encoder else None, frame_embedding=args.frame_embedding,
                   cond_frames=args.known_frames > 0)
     diffusion = GaussianDiffusion(
-        unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None, timesteps=args.timesteps,
+        unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
+        timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
         prob_cond_frames=args.known_frames)

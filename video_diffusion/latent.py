@@ -213,8 +213,8 @@ class LatentDiffusion(nn.Module):
         given = tuple(first_frames.shape)
         if len(given) != 5 or (given[1], *given[3:]) != shape or given[2] not in lengths:
             raise ValueError(f'first_frames has shape {given}: expected (batch, {shape[0]}, k, {shape[1]}, '
-                             f'{shape[2]}), where k is {" or ".join(map(str, lengths)) or "nothing that fits"}, for the VAE compresses time by '
-                             f'{self.vae.time_compression}')
+                             f'{shape[2]}), where k is {" or ".join(map(str, lengths)) or "nothing that fits"}, '
+                             f'for the VAE compresses time by {self.vae.time_compression}')
         first_frames = first_frames.to(self.scale.device)
         z = self.posterior(first_frames).mean
         if by_network:
