@@ -29,7 +29,7 @@ from video_diffusion.metrics import psnr
 from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import keep_freed_memory, one_line_errors
 from video_diffusion.trainer import sample_many
-from video_diffusion.vae_trainer import vae_from_state
+from video_diffusion.vae_checkpoint import vae_from_state
 
 
 def flags(argv=None) -> argparse.Namespace:

@@ -25,8 +25,10 @@ from video_diffusion.noise_schedule import SCHEDULES
 from video_diffusion.samplers import SAMPLERS
 from video_diffusion.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
 from video_diffusion.trainer import sample_many
+from video_diffusion.temporal_vae import TemporalVAE
+from video_diffusion.vae_checkpoint import vae_from_checkpoint
 from video_diffusion.vae_loss import PerceptualLoss
-from video_diffusion.vae_trainer import VAETrainer, start_from, vae_from_checkpoint
+from video_diffusion.vae_trainer import VAETrainer, start_from
 
 # What a flag that is not given means, for --stage diffusion | vae. The CPU columns train the toy world in about ten minutes
 # on two cores.
@@ -112,6 +114,8 @@ def flags(argv=None) -> argparse.Namespace:
     add_diffusion('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
     add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
+    add_vae('--vae-kind', default='causal', choices=('causal', 'temporal'), help='temporal: only the decoder sees time, and time is '
+            'not compressed (default: causal)')
     add_vae('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
     add_vae('--latent-channels', type=int, help=default('latent_channels'))
     add_vae('--kl-weight', type=float, default=1e-6, help='(default: 1e-6)')
@@ -131,6 +135,9 @@ def flags(argv=None) -> argparse.Namespace:
     for action in groups['vae' if args.stage == 'diffusion' else 'diffusion']._group_actions:
         if getattr(args, action.dest) != action.default:
             raise ValueError(f'{action.option_strings[0]} has no meaning with --stage {args.stage}')
+    if args.vae_kind == 'temporal' and (args.init or args.time_compression is not None):
+        raise ValueError('--vae-kind temporal: it does not compress time, and --init reads causal VAEs only; leave --time-compression '
+                         'and --init out')
     if args.init and (args.dim, args.dim_mults, args.time_compression, args.latent_channels) != (None,) * 4:
         raise ValueError('--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, --time-compression '
                          'and --latent-channels out')
@@ -246,8 +253,9 @@ def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distrib
         start_from(vae, source.state_dict(), args.ignore)
     else:
         groups = max(n for n in (32, 16, 8, 4, 2, 1) if args.dim // 2 % n == 0 or n == 1)  # of two channels or more
-        vae = CausalVAE(args.channels, args.channels, args.latent_channels, args.dim, tuple(args.dim_mults), blocks_per_level=1,
-                        time_compression=args.time_compression, norm_groups=groups, norm_scope='frame')
+        widths = (args.channels, args.channels, args.latent_channels, args.dim, tuple(args.dim_mults))
+        vae = (TemporalVAE(*widths, blocks_per_level=1, norm_groups=groups) if args.vae_kind == 'temporal' else
+               CausalVAE(*widths, blocks_per_level=1, time_compression=args.time_compression, norm_groups=groups, norm_scope='frame'))
     frames, height, width = clip_size(args, folder, multiple=vae.space_compression)
     if args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)

@@ -14,7 +14,7 @@ from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.distributed import Processes
 from video_diffusion.latent import LatentDiffusion, diffusion_from_state, latent_shape
 from video_diffusion.latent_cache import Encoded, LatentCache
-from video_diffusion.vae_trainer import vae_from_checkpoint
+from video_diffusion.vae_checkpoint import vae_from_checkpoint
 
 ROOT = Path(__file__).parent.parent
 FRAMES, SIZE = 5, 16          # latents: 2 channels, 3 frames of 8 x 8

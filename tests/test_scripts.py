@@ -203,6 +203,19 @@ def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
     assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
 
 
+def test_the_other_vae_trains_reconstructs_and_carries_a_diffusion(run, clips):
+    code, out, _ = run('train.py', '--vae-kind', 'temporal', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 4)
+    assert code == 0
+    code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'data/shapes-32/00003.gif', '--device', 'cpu')
+    assert code == 0 and '(3, 4, 32, 32) -> latents (4, 4, 16, 16)' in out
+    code, out, _ = run('train.py', *SMALL, '--toy-clips', 12, '--num-frames', 4, '--image-size', 32, '--vae', 'results_vae')
+    assert code == 0
+    code, out, _ = run('sample.py', 'results', '--prompt', 'a red circle moving left', '--device', 'cpu')
+    assert code == 0 and gif_to_tensor('samples/000-a-red-circle-moving-left.gif').shape == (3, 4, 32, 32)
+    code, _, err = run('train.py', clips, '--stage', 'vae', '--vae-kind', 'temporal', '--time-compression', 2, '--results', 'new')
+    assert code == 2 and 'does not compress time' in err
+
+
 def test_clips_are_cut_to_what_fits_the_vae(run, clips):
     code, out, _ = run('train.py', shapes.make_shapes('long', 10, image_size=21, num_frames=8), *SMALL_VAE,
                        '--time-compression', 2, '--disc-start', 1, '--image-share', 0.5)

@@ -16,7 +16,8 @@ from test_trainer import assert_same_state
 from video_diffusion import gif_to_tensor, shapes
 from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.distributed import Processes, data_and_frames_mesh
-from video_diffusion.vae_trainer import VAETrainer, start_from, vae_from_checkpoint, vae_from_state
+from video_diffusion.vae_checkpoint import vae_from_checkpoint, vae_from_state
+from video_diffusion.vae_trainer import VAETrainer, start_from
 
 
 @pytest.fixture(scope='session')

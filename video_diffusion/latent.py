@@ -29,13 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from . import known_frames
-from .causal_vae import CausalVAE
 from .diffusion import GaussianDiffusion
 from .frame_shares import has_special_first_frame
 from .gaussian import DiagonalGaussian
 from .latent_cache import Encoded, fingerprint
+from .vae_checkpoint import vae_config, vae_from_config
 
-VAES = {'CausalVAE': CausalVAE}
 CLIPS_TO_MEASURE = 64
 
 
@@ -232,8 +231,7 @@ class LatentDiffusion(nn.Module):
     # Building it again from a checkpoint, which holds the VAE too
 
     def config(self) -> dict:
-        vae = {'vae': type(self.vae).__name__, **self.vae.config}
-        return {**self.diffusion.config(), 'latent': dict(vae=vae, vae_weights=fingerprint(self.vae), num_frames=self.num_frames,
+        return {**self.diffusion.config(), 'latent': dict(vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), num_frames=self.num_frames,
                                                           max_batch=self.max_batch, chunk=self.chunk)}
 
     def has_config(self, config: dict) -> bool:
@@ -261,12 +259,6 @@ def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -
     height, width = (side // vae.space_compression for side in image_size)
     special = has_special_first_frame(num_frames, vae.time_compression)
     return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
-
-
-def vae_from_config(config: dict) -> nn.Module:
-    """An untrained VAE, from what a checkpoint says about it."""
-    config = dict(config)
-    return VAES[config.pop('vae')](**config)
 
 
 def diffusion_from_state(state: dict) -> GaussianDiffusion | LatentDiffusion:

@@ -290,6 +290,11 @@ class TemporalVAE(nn.Module):
             return in_tiles(lambda part: self._video(part, chunk, image_only), z, tile // scale, scale)
         return self._video(z, chunk, image_only)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last weight, where losses are balanced (`vae_loss.adaptive_weight`)."""
+        return self.decoder.time_conv_out.weight
+
     def _moments(self, video: Tensor, chunk: int | None) -> Tensor:
         x = (video * 2 - 1).contiguous(memory_format=torch.channels_last_3d)
         growth = self.config['dim'] / x.shape[1]                     # frame -> first feature map

@@ -3,7 +3,7 @@
     >>> vae = CausalVAE(dim=32, dim_mults=(1, 2, 2), latent_channels=4, norm_scope='frame')
     >>> trainer = VAETrainer(vae, 'my_gifs', image_size=32, num_frames=9, train_num_steps=10_000)
     >>> trainer.train()
-    >>> vae = vae_from_checkpoint('results_vae')           # the averaged weights
+    >>> vae = vae_from_checkpoint('results_vae')           # the averaged weights; see vae_checkpoint.py
 
 One step: the VAE learns to reconstruct, and, from step `disc_start` on, to fool a critic; then the critic learns
 from the same clips to tell the reconstructions from them (`vae_loss.py`). Two optimisers, each with its own weights.
@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, lr_schedule
-from .causal_vae import CausalVAE
+from . import lr_schedule
 from .context_parallel import Piece, split_frames, sum_gradients
 from .dataset import GifDataset, seeded_generator
 from .distributed import Processes, best_device
@@ -38,6 +37,7 @@ from .gaussian import DiagonalGaussian
 from .gif import video_tensor_to_gif
 from .loop import TrainingLoop
 from .metrics import psnr, ssim
+from .vae_checkpoint import vae_config
 from .vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 
 
@@ -247,22 +247,7 @@ class VAETrainer(TrainingLoop):
             self.vae.context_parallel(self.processes.frames_group if yes else None)
 
     def config(self) -> dict:
-        return {'vae': type(self.vae).__name__, **self.vae.config}
-
-
-def vae_from_state(state: dict) -> CausalVAE:
-    """The trained VAE, with its averaged weights, from what a VAETrainer saved."""
-    config = dict(state['config'])
-    if config.pop('vae', None) != 'CausalVAE':
-        raise ValueError('the checkpoint holds no VAE, but a diffusion model')
-    vae = CausalVAE(**config)
-    vae.load_state_dict({**state['model'], **state['ema']['average']})
-    return vae.eval()
-
-
-def vae_from_checkpoint(path: str | Path) -> CausalVAE:
-    """The same from a checkpoint file, or from the newest one of a results folder."""
-    return vae_from_state(checkpoint.load_run(path))
+        return vae_config(self.vae)
 
 
 def start_from(vae: nn.Module, weights: dict[str, Tensor], ignore: Sequence[str] = ()) -> None:
