@@ -108,6 +108,9 @@ def flags(argv=None) -> argparse.Namespace:
     add('--ema-decay', type=float, default=0.995, help='of the averaged weights (default: 0.995)')
     add('--max-grad-norm', type=float, default=1., help='(default: 1)')
     add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
+    add_diffusion('--compile', action='store_true', help='let torch.compile fuse the network: pays in long runs on a GPU')
+    add_diffusion('--checkpoint-activations', action='store_true',
+                  help='compute every block again in the backward pass: less memory, more time')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
     add_diffusion('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
     add_diffusion('--sampler', default='ddim', choices=tuple(SAMPLERS), help='of the samples (default: ddim)')
@@ -221,7 +224,7 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
                   cond_dim=encoder.dim if encoder else None, frame_embedding=args.frame_embedding,
-                  cond_frames=args.known_frames > 0)
+                  cond_frames=args.known_frames > 0, checkpoint_activations=args.checkpoint_activations)
     diffusion = GaussianDiffusion(
         unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps,
@@ -238,7 +241,7 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
+        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, compile=args.compile,
         latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
 
 

@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if bias is None or bias.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
+    logits = torch.add(bias, q @ k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)  # scales n x n numbers, not n x d
     return logits.softmax(dim=-1) @ v
 
 
@@ -214,9 +214,8 @@ def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     apart, softmax(q) over features and softmax(k) over rows, so that the product can be taken from the
     right: first the context k^T v, a d x d summary of all rows, and then q times that.
     """
-    q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
     context = k.softmax(dim=-2).transpose(-1, -2) @ v                           # ... heads d d
-    return q @ context
+    return q.softmax(dim=-1) @ (context * q.shape[-1] ** -0.5)                  # scaled where there is least to scale
 
 
 class LinearAttention(nn.Module):

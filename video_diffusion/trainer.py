@@ -61,6 +61,7 @@ class Trainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
+        compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         if num_frames not in (None, diffusion.num_frames):
@@ -99,6 +100,8 @@ class Trainer(TrainingLoop):
         encoder = diffusion.text_encoder
         learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
         self.cache = None if learns else CaptionCache(diffusion.embed)      # each caption goes through a frozen encoder once
+        if compile:
+            diffusion.denoise_fn.compile()       # in place: the weights keep their names
         self.model = diffusion
         if processes.world_size > 1:
             self.model = DistributedDataParallel(diffusion, broadcast_buffers=False)
@@ -110,7 +113,8 @@ class Trainer(TrainingLoop):
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
-        self.prob_focus_present, self.focus_present_mask = prob_focus_present, focus_present_mask
+        self.prob_focus_present = prob_focus_present
+        self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
             self.diffusion.measure_scale(self.dataset)
         self.run(log_fn)
@@ -125,7 +129,7 @@ class Trainer(TrainingLoop):
             still = (videos == videos[:, :, :1]).flatten(1).all(dim=1)
             draws['focus_present_mask'] = still | draws.get('focus_present_mask', still)
         if self.focus_present_mask is not None:
-            draws['focus_present_mask'] = self.focus_present_mask.to(self.device)
+            draws['focus_present_mask'] = self.focus_present_mask
         cond = captions if self.use_captions else None
         if cond is not None and self.cache is not None:
             cond = self.cache(cond).to(self.device, non_blocking=True)

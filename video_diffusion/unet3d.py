@@ -22,12 +22,14 @@ present") the same weights are an image model.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
 from .guidance import guide
@@ -107,6 +109,9 @@ class ResnetBlock(nn.Module):
         return h + self.shortcut(x)
 
 
+BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention  # all Levels are made of
+
+
 class Level(nn.Module):
     """All that happens at one resolution of one side of the U."""
 
@@ -146,10 +151,12 @@ class Unet3D(nn.Module):
         frame_embedding: bool = False,       # tell the network which frame is which, not only how far apart two are
         cond_frames: bool = False,           # known frames and their mask are more input channels; see known_frames.py
         text_tokens: bool = False,           # cond is a caption's tokens (b n cond_dim), for every pixel to look at
+        *,
+        checkpoint_activations: bool = False,  # compute every block again in the backward pass: less memory, more time
     ):
         super().__init__()
         # All that is needed to build this network again; checkpoints store it.
-        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__')}
+        self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'checkpoint_activations')}
         if init_kernel_size % 2 == 0:
             raise ValueError(f'init_kernel_size={init_kernel_size}: give an odd size, so that the output keeps its size')
         self.channels = channels
@@ -214,6 +221,13 @@ class Unet3D(nn.Module):
         if text_tokens:
             self.to_tokens = nn.Sequential(nn.LayerNorm(self.cond_dim), nn.Linear(self.cond_dim, time_dim))
             self.null_token = nn.Parameter(torch.randn(1, 1, time_dim))   # always there, so that there is one to look at
+
+        # Autograd keeps what happens inside a block until its backward pass: in attention that is twenty times its input.
+        # Checkpointing (arXiv 1604.06174) keeps the input only. No block draws anything, so there is no RNG to restore.
+        if checkpoint_activations:
+            for block in self.modules():
+                if isinstance(block, BLOCKS):
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
         self,
@@ -314,8 +328,6 @@ class Unet3D(nn.Module):
             mask = bernoulli(batch, prob, bias.device)
         if mask is None:
             return bias, prob >= 1 or frames == 1
-        if mask.all():
-            return bias, True
         others = ~torch.eye(frames, dtype=torch.bool, device=bias.device)
         hidden = mask[:, None, None, None, None] & others  # (b 1 1 f f)
         return bias.masked_fill(hidden, -math.inf), False

@@ -1,0 +1,90 @@
+"""What makes training lean and fast changes no number: recomputed activations, torch.compile. Run: pytest tests/test_speed.py"""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, shapes
+from video_diffusion.distributed import Processes
+
+SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
+FLAVOURS = {
+    'plain': {},
+    'captions': dict(cond_dim=6),
+    'words of captions': dict(cond_dim=6, text_tokens=True),
+    'known frames': dict(cond_frames=True, frame_embedding=True, use_sparse_linear_attn=False),
+}
+
+
+def inputs(config, dtype=torch.float32, seed=0):
+    """A batch as the trainer would hand it in."""
+    torch.manual_seed(seed)
+    x = torch.randn(2, 3, 3, 8, 8, dtype=dtype)
+    given = dict(focus_present_mask=torch.tensor([True, False]))
+    if 'cond_dim' in config:
+        given['cond'] = torch.randn(2, 4, 6, dtype=dtype) if 'text_tokens' in config else torch.randn(2, 6, dtype=dtype)
+        given['null_cond_mask'] = torch.tensor([False, True])
+    if 'cond_frames' in config:
+        given.update(known=torch.randn_like(x), known_mask=torch.rand(2, 3) < 0.5)
+    return x, torch.tensor([3, 700], dtype=dtype), given
+
+
+def output_and_gradients(unet, config, dtype):
+    x, time, given = inputs(config, dtype)
+    x.requires_grad_()
+    y = unet(x, time, **given)
+    unet.zero_grad()
+    (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
+    return [y.detach(), x.grad] + [p.grad for p in unet.parameters() if p.grad is not None]
+
+
+def saved_bytes(unet, config):
+    """What autograd keeps between forward and backward, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor      # alive, so that no other tensor gets its address
+        return tensor
+    x, time, given = inputs(config)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = unet(x, time, **given)
+    del y
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize('flavour', FLAVOURS)
+def test_recomputed_activations_change_no_output_and_no_gradient(flavour):
+    config = {**SMALL, **FLAVOURS[flavour]}
+    torch.manual_seed(0)
+    plain = Unet3D(**config)
+    lean = Unet3D(**config, checkpoint_activations=True)
+    lean.load_state_dict(plain.state_dict())
+    assert saved_bytes(lean, config) < 0.35 * saved_bytes(plain, config)
+    plain, lean = plain.double(), copy.deepcopy(lean).double()      # a copy looks after its own weights
+    results = [output_and_gradients(unet, config, torch.float64) for unet in (plain, lean)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        x, time, given = inputs(config, torch.float64)
+        assert torch.equal(lean(x, time, **given), plain(x, time, **given))
+
+
+@pytest.mark.parametrize('lean', (False, True))
+@pytest.mark.parametrize('flavour', FLAVOURS)
+def test_the_network_compiles_to_one_graph_and_only_once(flavour, lean):
+    """A graph break, or a second compilation at a later step of training, would show in the count."""
+    config = {**SMALL, **FLAVOURS[flavour]}
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    unet = Unet3D(**config, checkpoint_activations=lean)
+    plain = [output.clone() for output in output_and_gradients(unet, config, torch.float32)]
+    counter = CompileCounter()                                      # compiles nothing, but counts what it is given
+    unet.compile(backend=counter)
+    for step in range(3):
+        for a, b in zip(plain, output_and_gradients(unet, config, torch.float32), strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1, f'compiled {counter.frame_count} graphs'
