@@ -1,12 +1,12 @@
 """The U-Net, its training step and its data against video-diffusion-pytorch 0.6.3: time and memory.
 
-    python tests/bench_unet.py                                          everything; a few minutes on a quiet CPU or GPU
+    python tests/bench_unet.py                                          everything: about ten minutes on two quiet cores
     python tests/bench_unet.py --cases d16 --settings tuned --repeat 5  one network, one allocator
     python tests/bench_unet.py --cases loader
 
 Every number comes from a fresh process; theirs and ours take turns, `--repeat` times. A ratio is ours / theirs, the
 median over the turns, with the smallest and the largest behind it. Time on the CPU is that of the process on one thread,
-so that other work on the machine counts little; on CUDA it is wall time.
+so that other work on the machine counts little, and two processes run side by side; on CUDA it is wall time.
 
     setting   on a CPU the allocator: `stock`, or `tuned` as train.py tunes it (script.keep_freed_memory), for both packages;
               on CUDA the precision: fp32, or bf16 by autocast
@@ -26,15 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parent))                     # a measured process starts anywhere
-from bench_vae import clock, peak, reset_peak                      # noqa: E402
+from bench_vae import clock, peak, reset_peak
 
 CASES = {                       # network, (b c f h w) of its batch, turns: None as --repeat says
     'd16':    (dict(dim=16), (4, 3, 8, 32, 32), None),
@@ -53,6 +52,7 @@ def main():
     parser.add_argument('--settings', nargs='+', choices=('stock', 'tuned', 'fp32', 'bf16'))
     parser.add_argument('--ours', nargs='+', choices=('plain', 'lean', 'compiled'))
     parser.add_argument('--repeat', type=int, default=3)
+    parser.add_argument('--side-by-side', type=int, help='processes at a time (default: 2 on a CPU, 1 on a GPU)')
     parser.add_argument('--job', help='used by this script itself')
     args = parser.parse_args()
     if args.job:
@@ -60,7 +60,7 @@ def main():
     on_cpu = args.device == 'cpu'
     cases = args.cases or ['d16', 'd64', 'd64x64', *([] if on_cpu else ['d64b32']), 'loader']
     settings = args.settings or (['stock', 'tuned'] if on_cpu else ['fp32', 'bf16'])
-    variants = args.ours or ['plain', 'lean', *([] if on_cpu else ['compiled'])]
+    side_by_side = args.side_by_side or (min(2, os.cpu_count()) if on_cpu else 1)
     print(f'{args.device}, torch {torch.__version__}, {args.repeat} turns\n')
     results = {}
     if networks := [case for case in cases if case != 'loader']:
@@ -68,7 +68,9 @@ def main():
               '| saved MB | theirs | ratio |\n' + '| --- ' * 16 + '|', flush=True)
         for case in networks:
             for setting in settings:
-                turns = take_turns(['theirs', *variants], CASES[case][2] or args.repeat,
+                # What recomputing saves does not depend on the allocator, so stock is spared the time.
+                variants = args.ours or ['plain', *(['lean'] if setting != 'stock' else []), *([] if on_cpu else ['compiled'])]
+                turns = take_turns(['theirs', *variants], CASES[case][2] or args.repeat, side_by_side,
                                    case=case, setting=setting, device=args.device)
                 for variant in variants:
                     print(row(case, setting, variant, turns), flush=True)
@@ -77,7 +79,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             from video_diffusion import shapes
             shapes.make_shapes(folder, 64, image_size=64, num_frames=20)
-            turns = results['loader'] = take_turns(['theirs', 'plain'], args.repeat, case='loader', folder=folder)
+            turns = results['loader'] = take_turns(['theirs', 'plain'], args.repeat, side_by_side, case='loader', folder=folder)
         print('\n| clips/s, one thread | ours | theirs | ratio |\n| --- | --- | --- | --- |')
         for epoch in ('first', 'later'):
             ours, theirs = ([turn[epoch] for turn in turns[who]] for who in ('plain', 'theirs'))
@@ -85,16 +87,16 @@ def main():
     print('\n' + json.dumps(results))
 
 
-def take_turns(who, count, **job):
+def take_turns(who, count, side_by_side, **job):
     """For each of `who` its results, one for each turn."""
-    turns = {name: [] for name in who}
-    for _ in range(count):
-        for name in who:
-            environment = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
-            out = subprocess.run([sys.executable, __file__, '--job', json.dumps(dict(job, who=name))], env=environment,
-                                 text=True, stdout=subprocess.PIPE, check=True, timeout=3600).stdout
-            turns[name].append(json.loads(out.strip().split('\n')[-1]))
-    return turns
+    def measure(name):
+        environment = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TQDM_DISABLE='1')
+        out = subprocess.run([sys.executable, __file__, '--job', json.dumps(dict(job, who=name))], env=environment,
+                             text=True, stdout=subprocess.PIPE, check=True, timeout=3600).stdout
+        return json.loads(out.strip().split('\n')[-1])
+    with ThreadPoolExecutor(side_by_side) as pool:
+        results = list(pool.map(measure, who * count))
+    return {name: results[i::len(who)] for i, name in enumerate(who)}
 
 
 def row(case, setting, variant, turns):
@@ -102,7 +104,7 @@ def row(case, setting, variant, turns):
         return [turn[key] for turn in turns[who]]
     cells = [case, setting, variant, *(f'{median(values(who, "step")):.2f}' for who in (variant, 'theirs'))]
     cells += [ratio(values(variant, key), values('theirs', key)) for key in TIMES]
-    cells += [ratio(values('plain', 'floor'), values('theirs', 'step')) if 'plain' in turns else '']
+    cells += [ratio(values('plain', 'floor'), values('theirs', 'step')) if 'floor' in turns.get('plain', [{}])[0] else '']
     for key in ('peak', 'saved'):
         ours, theirs = values(variant, key), values('theirs', key)
         cells += [f'{median(ours) / 2 ** 20:.0f}', f'{median(theirs) / 2 ** 20:.0f}', ratio(ours, theirs)]
@@ -150,21 +152,18 @@ def run_job(job):
     step()
     result = dict(peak=peak(device) - before)
     update()                                                       # the first one makes Adam's state
+    unet.zero_grad()
     result['saved'] = saved_bytes(unet, lambda: diffusion(video), autocast)
-    for name, work, count in (('step', step, 1), ('forward', forward, 1), ('sample', sample, 2), ('update', update, 1)):
-        if name != 'update':                                       # it needs the gradients of the step, and is warm
-            unet.zero_grad()
-            if device.type == 'cuda' or name == 'forward':
-                work()                                             # cuDNN chooses, torch.compile compiles
-                unet.zero_grad()
-        else:
-            step()
-        rounds = 10 if device.type == 'cuda' else 1
+    for name, work, rounds in (('forward', forward, 1), ('sample', sample, 1), ('step', step, 1), ('update', update, 5)):
+        if device.type == 'cuda':
+            work()                                                 # cuDNN chooses, torch.compile compiles
+            rounds = 10
         start = clock(device)
         for _ in range(rounds):
             work()
-        result[name] = (clock(device) - start) / rounds / count
-    if job['who'] == 'plain':
+        result[name] = (clock(device) - start) / rounds
+    result['sample'] /= diffusion.num_timesteps
+    if job['who'] == 'plain' and job['setting'] != 'stock':
         unet.zero_grad()
         with MatrixWork(device) as floor:
             step()
