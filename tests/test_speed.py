@@ -14,7 +14,7 @@ FLAVOURS = {
     'plain': {},
     'captions': dict(cond_dim=6),
     'words of captions': dict(cond_dim=6, text_tokens=True),
-    'known frames': dict(cond_frames=True, frame_embedding=True, use_sparse_linear_attn=False),
+    'known frames': dict(cond_frames=True, use_sparse_linear_attn=False),
 }
 
 
