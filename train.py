@@ -83,8 +83,6 @@ def flags(argv=None) -> argparse.Namespace:
                   help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
     add_diffusion('--linear-attention', action=argparse.BooleanOptionalAction,
         help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
-    add_diffusion('--frame-embedding', action=argparse.BooleanOptionalAction, default=True,
-        help='tell the network which frame is the first: motion is learnt much sooner (default: on)')
     add_diffusion('--vae', metavar='RESULTS', help='a trained VAE, its results folder or a checkpoint: diffuse in its latents '
                   '(default: pixels; the toy world is then 32 pixels wide)')
     add_diffusion('--cache-latents', action='store_true', help='encode each clip once, into the folder latents/ beside the VAE')
@@ -100,6 +98,8 @@ def flags(argv=None) -> argparse.Namespace:
     add_diffusion('--offset-noise', type=float, default=0.,
                   help='share of noise that is one value per clip and channel (default: 0)')
     add_diffusion('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
+    add_diffusion('--noise-bias', type=float, default=2.5, help='above 1: train noisy steps more often, so that motion is learnt '
+                  'much sooner (default: 2.5)')
     add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
         'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
     add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
@@ -113,7 +113,7 @@ def flags(argv=None) -> argparse.Namespace:
                   help='compute every block again in the backward pass: less memory, more time')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
     add_diffusion('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
-    add_diffusion('--sampler', default='ddim', choices=tuple(SAMPLERS), help='of the samples (default: ddim)')
+    add_diffusion('--sampler', default='ddpm', choices=tuple(SAMPLERS), help='of the samples (default: ddpm)')
     add_diffusion('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
     add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
@@ -223,8 +223,8 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
-                  cond_dim=encoder.dim if encoder else None, frame_embedding=args.frame_embedding,
-                  cond_frames=args.known_frames > 0, checkpoint_activations=args.checkpoint_activations)
+                  cond_dim=encoder.dim if encoder else None, cond_frames=args.known_frames > 0,
+                  checkpoint_activations=args.checkpoint_activations)
     diffusion = GaussianDiffusion(
         unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps,
@@ -237,7 +237,7 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,

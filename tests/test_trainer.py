@@ -463,3 +463,18 @@ def test_images_train_as_frames_without_motion(clips, tmp_path):
     trainer.train()
     ((videos, captions), mask), = seen
     assert [caption == 'a red nothing' for caption in captions] == mask.tolist() and mask.sum() == 2
+
+
+@pytest.mark.parametrize('bias', (1., 3.))
+def test_a_noise_bias_draws_steps_with_its_density(clips, tmp_path, bias):
+    """Of density p t^(p-1), a share x^p lies below x."""
+    trainer = make_trainer(clips, tmp_path, diffusion=dict(objective='v'), noise_bias=bias)
+    t = torch.cat([trainer.draw(number, 50, 0.)['t'] for number in range(20)])
+    assert t.min() >= 0 and t.max() < 10
+    for below in (3, 5, 8):
+        assert abs((t < below).float().mean() - (below / 10) ** bias) < 0.02
+
+
+def test_a_noise_bias_of_nothing_is_refused(clips, tmp_path):
+    with pytest.raises(ValueError, match='noise_bias=0: give a number above 0'):
+        make_trainer(clips, tmp_path, noise_bias=0)

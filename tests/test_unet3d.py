@@ -84,12 +84,3 @@ def test_weights_go_back_unchanged():
     assert back.keys() == theirs.state_dict().keys()
     for name, weight in theirs.state_dict().items():
         assert torch.equal(back[name], weight), name
-
-
-def test_without_the_embedding_no_frame_knows_its_number():
-    """Frames that are all alike come out alike, for nothing but a distance tells them apart; with the embedding they differ."""
-    x, time = torch.randn(1, 3, 1, 8, 8).expand(-1, -1, 5, -1, -1), torch.tensor([10])
-    for told in (False, True):
-        torch.manual_seed(0)
-        y = Unet3D(**SMALL, frame_embedding=told)(x, time)
-        assert torch.allclose(y, y[:, :, :1].expand_as(y), atol=1e-5) == (not told)

@@ -36,7 +36,6 @@ from .guidance import guide
 from .text import masked_mean
 
 BERT_DIM = 768
-FRAME_EMBEDDING = 32  # sines and cosines that a frame's number becomes
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -148,7 +147,6 @@ class Unet3D(nn.Module):
         init_kernel_size: int = 7,
         use_sparse_linear_attn: bool = True,  # spatial linear attention at every level
         resnet_groups: int = 8,
-        frame_embedding: bool = False,       # tell the network which frame is which, not only how far apart two are
         cond_frames: bool = False,           # known frames and their mask are more input channels; see known_frames.py
         text_tokens: bool = False,           # cond is a caption's tokens (b n cond_dim), for every pixel to look at
         *,
@@ -190,11 +188,8 @@ class Unet3D(nn.Module):
                          text=text(width_out))
 
         init_dim = init_dim or dim
-        self.init_conv = FrameConv(2 * channels + 1 if cond_frames else channels, init_dim, init_kernel_size, padding=init_kernel_size // 2)
-        # Temporal attention sees distances between frames only. Where a clip has a beginning ("first moves left"), a
-        # network that can count from it learns motion much sooner; where any cut of a longer video will do, leave it out.
-        self.frame_embedding = nn.Sequential(
-            SinusoidalEmbedding(FRAME_EMBEDDING), nn.Linear(FRAME_EMBEDDING, init_dim)) if frame_embedding else None
+        self.init_conv = FrameConv(2 * channels + 1 if cond_frames else channels, init_dim, init_kernel_size,
+                                   padding=init_kernel_size // 2)
         self.init_temporal_attention = temporal(init_dim)
         self.time_bias = RelativePositionBias(attn_heads)
 
@@ -251,8 +246,6 @@ class Unet3D(nn.Module):
 
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
-        if self.frame_embedding:
-            x = x + self.frame_embedding(torch.arange(f, device=x.device)).t()[:, :, None, None]  # (c f 1 1)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
         x = self.init_temporal_attention(x, self.time_bias(f))
         first = x
