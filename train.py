@@ -18,7 +18,7 @@ from video_diffusion import (
     GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, distributed, lr_schedule, shapes, video_tensor_to_gif)
 from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.convert_vae import causal_vae_from_diffusers, causal_vae_from_sat
-from video_diffusion.dataset import find_clips, read_captions
+from video_diffusion.dataset import CLIPS, IMAGES, find_clips, read_captions
 from video_diffusion.frame_shares import fitting_frames
 from video_diffusion.latent import LatentDiffusion, latent_shape
 from video_diffusion.noise_schedule import SCHEDULES
@@ -102,6 +102,7 @@ def flags(argv=None) -> argparse.Namespace:
                   'much sooner (default: 2.5)')
     add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
         'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
+    add_diffusion('--images', action='store_true', help='train on the png and jpg files of the folder too, as frames without motion')
     add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
     add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
@@ -219,7 +220,8 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     if vae and args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
-    captioned = not args.unconditional and read_captions(find_clips(folder)) is not None
+    files = find_clips(folder, CLIPS + IMAGES if args.images else CLIPS)
+    captioned = not args.unconditional and read_captions(files) is not None
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
@@ -239,7 +241,7 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
         max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
-        horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
+        horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
         cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, compile=args.compile,
         latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     assert code == 0 and '2 frames of 8x12' in out
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
     assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 8, 12)
+
+
+def test_clips_and_images_together(run, clips):
+    shutil.copytree(clips, 'mixed')
+    Image.new('RGB', (20, 20), (200, 30, 30)).save('mixed/still.png')
+    code, _, err = run('train.py', 'mixed', *SMALL, '--images')
+    assert code == 2 and 'still.txt' in err
+    Path('mixed/still.txt').write_text('a red square')
+    code, out, _ = run('train.py', 'mixed', *SMALL, '--images')
+    assert code == 0 and '7 clips in mixed, with captions' in out
 
 
 def test_sizes_fit_the_network(run, clips):

@@ -34,6 +34,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from video_diffusion.gif import check_channels, read_frames
 
+CLIPS, IMAGES = ('gif',), ('png', 'jpg', 'jpeg')
+
 
 class GifDataset(Dataset):
     """The clips below `folder`, sorted by path.  `dataset[i]` is a video (c f h w) with floats in [0, 1],
@@ -47,7 +49,7 @@ class GifDataset(Dataset):
         num_frames: int = 16,
         horizontal_flip: bool = False,          # mirror half of the clips, drawn anew each time
         force_num_frames: bool = True,          # False: every clip keeps its own length
-        exts: tuple[str, ...] = ('gif',),       # 'webp', 'png' and what else Pillow reads work too
+        exts: tuple[str, ...] = CLIPS,          # 'webp', 'png' and what else Pillow reads work too
         *,
         random_window: bool = False,            # from long clips take any num_frames, not the first
         seed: int = 0,                          # for the flips and windows of dataset[i]
@@ -229,7 +231,7 @@ def resize_and_crop(clip: Tensor, size: tuple[int, int]) -> Tensor:
 # ------------------------------------------------------------------------------------- finding files
 
 
-def find_clips(folder, exts: tuple[str, ...] = ('gif',)) -> list[Path]:
+def find_clips(folder, exts: tuple[str, ...] = CLIPS) -> list[Path]:
     """All files below `folder` with one of these endings, sorted."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f'there is no folder {folder}')
@@ -299,7 +301,7 @@ def read_caption(clip: Path) -> str:
     return ''
 
 
-def clip_shape(folder, exts: tuple[str, ...] = ('gif',)) -> tuple[int, int, int]:
+def clip_shape(folder, exts: tuple[str, ...] = CLIPS) -> tuple[int, int, int]:
     """(frames, height, width) that suit a folder: the median length and the smallest size of a few clips."""
     shapes = some_shapes(find_clips(folder, exts))
     frames, heights, widths = zip(*shapes)

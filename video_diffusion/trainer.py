@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import lr_schedule
-from .dataset import GifDataset, seeded_generator
+from .dataset import CLIPS, IMAGES, GifDataset, seeded_generator
 from .diffusion import GaussianDiffusion
 from .distributed import Processes, best_device
 from .ema import EMA
@@ -73,7 +73,7 @@ class Trainer(TrainingLoop):
         diffusion.to(processes.device)
         dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                              horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
-                             exts=('gif', 'png', 'jpg', 'jpeg') if images else ('gif',))
+                             exts=CLIPS + IMAGES if images else CLIPS)
         if latent_cache is not None:
             dataset = LatentCache(dataset, diffusion, latent_cache, processes)
         weights = [p for p in diffusion.parameters() if p.requires_grad]
