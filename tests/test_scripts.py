@@ -77,7 +77,7 @@ def test_clips_and_images_together(run, clips):
     shutil.copytree(clips, 'mixed')
     Image.new('RGB', (20, 20), (200, 30, 30)).save('mixed/still.png')
     code, _, err = run('train.py', 'mixed', *SMALL, '--images')
-    assert code == 2 and 'still.txt' in err
+    assert code == 2 and '1 of 7 clips have no caption, mixed/still.png' in err
     Path('mixed/still.txt').write_text('a red square')
     code, out, _ = run('train.py', 'mixed', *SMALL, '--images')
     assert code == 0 and '7 clips in mixed, with captions' in out
@@ -184,7 +184,7 @@ def test_help_says_every_default():
             named = option.split()[0]
             is_switch = named.lstrip('-') in {
                 'resume', 'cache-latents', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file',
-                'reconstruct', 'only-train-decoder'}
+                'reconstruct', 'only-train-decoder', 'images', 'compile', 'checkpoint-activations'}
             assert is_switch or '(default' in ' '.join(option.split()), named
 
 
