@@ -44,12 +44,13 @@ DEFAULTS = {
     'dim_mults':        ((1, 4, 8),  (1, 2, 4),    (1, 2),     (1, 2, 4)),
     'attn_dim_head':    (8,          32,           None,       None),
     'linear_attention': (False,      True,         None,       None),
-    'time_compression': (None,       None,         2,          4),
+    'time_compression': (None,       None,         1,          4),        # on a CPU there is no time to learn it
     'latent_channels':  (None,       None,         4,          4),
-    'batch_size':       (8,          64,           4,          16),
+    'batch_size':       (8,          64,           8,          16),
     'lr':               (2e-3,       5e-4,         2e-3,       2e-4),
-    'steps':            (1600,       10000,        2000,       20000),
-    'sample_every':     (800,        1000,         500,        1000),
+    'steps':            (1600,       10000,        800,        20000),
+    'image_steps':      (None,       None,         600,        5000),
+    'sample_every':     (800,        1000,         200,        1000),
 }
 
 
@@ -104,7 +105,8 @@ def flags(argv=None) -> argparse.Namespace:
                   'much sooner (default: 3)')
     add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
         'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
-    add_diffusion('--images', action='store_true', help='train on the png and jpg files of the folder too, as frames without motion')
+    add_diffusion('--images', action='store_true', 
+                  help='train on the png and jpg files of the folder too, as frames without motion')
     add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
     add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
@@ -120,14 +122,16 @@ def flags(argv=None) -> argparse.Namespace:
     add_diffusion('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
     add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
     add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
-    add_vae('--vae-kind', default='causal', choices=('causal', 'temporal'), help='temporal: only the decoder sees time, and time is '
-            'not compressed (default: causal)')
+    add_vae('--vae-kind', default='causal', choices=('causal', 'temporal'),
+            help='temporal: only the decoder sees time, and time is not compressed (default: causal)')
     add_vae('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
     add_vae('--latent-channels', type=int, help=default('latent_channels'))
     add_vae('--kl-weight', type=float, default=1e-6, help='(default: 1e-6)')
     add_vae('--perceptual', metavar='FILE', help='weights of VGG16, to compare its features too (default: do not)')
     add_vae('--disc-start', type=int, metavar='STEP', help='from here on a discriminator has a say (default: never)')
     add_vae('--image-share', type=float, default=0.1, help='of the batches are single frames (default: 0.1)')
+    add_vae('--image-steps', type=int, help='of the first steps, which see nothing but single frames '
+            f'{default("image_steps")[:-1]}, 0 with --init)')
     add_vae('--only-train-decoder', action='store_true', help='leave the encoder and its latents as they are')
     add_vae('--init', metavar='PATH', help='begin with the weights of CogVideoX: its 3d-vae.pt, or a folder of '
         'diffusers; sizes are taken from there (default: random weights)')
@@ -142,8 +146,8 @@ def flags(argv=None) -> argparse.Namespace:
         if getattr(args, action.dest) != action.default:
             raise ValueError(f'{action.option_strings[0]} has no meaning with --stage {args.stage}')
     if args.vae_kind == 'temporal' and (args.init or args.time_compression is not None):
-        raise ValueError('--vae-kind temporal: it does not compress time, and --init reads causal VAEs only; leave --time-compression '
-                         'and --init out')
+        raise ValueError('--vae-kind temporal: it does not compress time, and --init reads causal VAEs only; leave '
+                         '--time-compression and --init out')
     if args.init and (args.dim, args.dim_mults, args.time_compression, args.latent_channels) != (None,) * 4:
         raise ValueError('--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, --time-compression '
                          'and --latent-channels out')
@@ -179,6 +183,8 @@ def main() -> None:
 def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
     """What was not given depends on the device; the size of the clips only where we draw them."""
     args.results = args.results or ('results_vae' if args.stage == 'vae' else 'results')
+    if args.init and args.image_steps is None:
+        args.image_steps = 0                     # what these weights know about motion is to be kept
     if args.vae and not args.folder:
         args.image_size = args.image_size or 32  # small clips leave too little of a latent
     for name, values in DEFAULTS.items():
@@ -263,7 +269,8 @@ def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distrib
         groups = max(n for n in (32, 16, 8, 4, 2, 1) if args.dim // 2 % n == 0 or n == 1)  # of two channels or more
         widths = (args.channels, args.channels, args.latent_channels, args.dim, tuple(args.dim_mults))
         vae = (TemporalVAE(*widths, blocks_per_level=1, norm_groups=groups) if args.vae_kind == 'temporal' else
-               CausalVAE(*widths, blocks_per_level=1, time_compression=args.time_compression, norm_groups=groups, norm_scope='frame'))
+               CausalVAE(*widths, blocks_per_level=1, time_compression=args.time_compression, norm_groups=groups,
+                         norm_scope='frame'))
     frames, height, width = clip_size(args, folder, multiple=vae.space_compression)
     if args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
@@ -271,11 +278,12 @@ def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distrib
     return VAETrainer(
         vae, folder, image_size=(height, width), num_frames=frames, loss=args.loss, kl_weight=args.kl_weight,
         perceptual=PerceptualLoss(args.perceptual, processes.device) if args.perceptual else None, disc_start=args.disc_start,
-        image_share=args.image_share, only_train_decoder=args.only_train_decoder, ema_decay=args.ema_decay,
-        train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate, train_num_steps=args.steps,
-        train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup), max_grad_norm=args.max_grad_norm,
-        amp=args.amp, horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict,
-        save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed, processes=processes)
+        image_share=args.image_share, image_steps=args.image_steps, only_train_decoder=args.only_train_decoder,
+        ema_decay=args.ema_decay, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
+        train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
+        max_grad_norm=args.max_grad_norm, amp=args.amp, horizontal_flip=args.flip, random_window=args.random_window,
+        strict=args.strict, save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
+        processes=processes)
 
 
 def report(args: argparse.Namespace, trainer: Trainer | VAETrainer) -> None:

@@ -41,7 +41,8 @@ def main():
                              cond_scale=args.cond_scale, sampler=sampler, steps=int(steps))
         seconds = time.perf_counter() - start
         grades = shapes.grade_all(videos, prompts)
-        print(f'| {sampler} | {steps} | {grades["lawful"]:.0f} | {grades["caption_true"]:.0f} | {grades["both"]:.0f} | {seconds:.0f} |',
+        percent = ' | '.join(f'{grades[name]:.0f}' for name in ('lawful', 'caption_true', 'both'))
+        print(f'| {sampler} | {steps} | {percent} | {seconds:.0f} |',
               flush=True)
         results.append({'sampler': sampler, 'steps': int(steps), 'seconds': round(seconds, 1), **grades})
     print(json.dumps(results))

@@ -31,7 +31,8 @@ def test_first_frames_are_a_mask_and_one_clip_serves_all():
     how = dict(sampler='ddim', steps=3, batch_size=2, seed=0, progress=False)
     by_prefix = diffusion.sample(first_frames=video[:, :, :2], **how)
     assert torch.equal(by_prefix, diffusion.sample(known=video, known_mask=torch.arange(FRAMES) < 2, **how))
-    assert torch.equal(by_prefix, diffusion.sample(known=video.expand(2, -1, -1, -1, -1), known_mask=torch.arange(FRAMES) < 2, **how))
+    both = video.expand(2, -1, -1, -1, -1)
+    assert torch.equal(by_prefix, diffusion.sample(known=both, known_mask=torch.arange(FRAMES) < 2, **how))
 
 
 def correlated(rho=0.9, std=0.25):

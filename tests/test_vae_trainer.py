@@ -38,7 +38,7 @@ def make_trainer(clips, results, vae=None, **kwargs):
     return VAETrainer(vae or small_vae(), clips, results_folder=results, **{**settings, **kwargs})
 
 
-EVERYTHING = dict(disc_start=1, image_share=0.5, learn_logvar=True, max_grad_norm=1., horizontal_flip=True)
+EVERYTHING = dict(disc_start=1, image_share=0.5, image_steps=2, learn_logvar=True, max_grad_norm=1., horizontal_flip=True)
 
 
 def read_log(results):
@@ -120,6 +120,33 @@ def test_images_and_clips_are_mixed_by_weight(clips, tmp_path):
     assert {d[i, 0, 0, 0, 0].item() for d in images for i in range(2)} == {0., 1., 2., 3., 4.}
 
 
+def test_images_first_and_then_each_frame_of_a_clip_is_the_image_that_was_learnt(clips, tmp_path):
+    vae = small_vae(time_compression=1)
+    trainer = make_trainer(clips, tmp_path, vae, image_steps=2, train_num_steps=2)
+    seen = []
+    vae.encoder.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2]))
+    trainer.train()
+    assert seen[:2] == [1, 1]
+    video = trainer.held_out.clip(0)[None].float() / 255
+    with torch.no_grad():
+        alone = torch.cat([vae(frame, sample=False)[0] for frame in video.split(1, dim=2)], dim=2)
+        assert (vae(video, sample=False)[0] - alone).abs().max() > 1e-3
+        trainer.begin_with_clips()
+        torch.testing.assert_close(vae(video, sample=False)[0], alone)
+        with trainer.ema.average_parameters():
+            torch.testing.assert_close(vae(video, sample=False)[0], alone)
+
+    trainer = make_trainer(clips, tmp_path / 'more', small_vae(), image_steps=1, train_num_steps=2)
+    conv, seen = trainer.vae.encoder.conv_in, []
+    conv.register_forward_pre_hook(lambda conv, args: seen.append((args[0].shape[2], past_taps(conv) > 0)))
+    trainer.train()
+    assert seen == [(1, True), (5, False)] and past_taps(conv) > 0       # forgotten when the first clips came, learnt again since
+
+
+def past_taps(conv):
+    return conv.weight[:, :, :-1].abs().sum().item()
+
+
 def test_gradient_accumulation_is_one_larger_batch(clips, tmp_path):
     whole = soften(make_trainer(clips, tmp_path / 'a', train_batch_size=4, train_num_steps=2, loss='l2'))
     parts = soften(make_trainer(clips, tmp_path / 'b', train_batch_size=2, gradient_accumulate_every=2, train_num_steps=2,
@@ -175,6 +202,8 @@ def test_fine_tuning_starts_from_given_weights_but_those_ignored():
 
 
 def test_what_cannot_work_is_refused(clips, tmp_path):
+    with pytest.raises(ValueError, match='image_steps=-1: give 0 or more'):
+        make_trainer(clips, tmp_path, image_steps=-1)
     with pytest.raises(ValueError, match='image_share=2'):
         make_trainer(clips, tmp_path, image_share=2)
     with pytest.raises(ValueError, match='image_size=8'):

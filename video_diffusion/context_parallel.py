@@ -74,6 +74,13 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(torch.cat([past, x], dim=2))
 
     @torch.no_grad()
+    def forget_the_past(self) -> None:
+        """The same answer for an image, and for every frame of a clip the one that it would get as an image."""
+        present = self.weight.sum(dim=2)
+        self.weight.zero_()
+        self.weight[:, :, -1] = present
+
+    @torch.no_grad()
     def in_steps(self, x: Tensor, prepare, piece: Piece, reuse: bool = False) -> Tensor:
         """The same as `forward(prepare(0, f))`, a few frames at a time; prepare(start, stop) reads some of x.
 

@@ -231,7 +231,8 @@ class LatentDiffusion(nn.Module):
     # Building it again from a checkpoint, which holds the VAE too
 
     def config(self) -> dict:
-        return {**self.diffusion.config(), 'latent': dict(vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), num_frames=self.num_frames,
+        return {**self.diffusion.config(), 'latent': dict(vae=vae_config(self.vae), vae_weights=fingerprint(self.vae),
+                                                          num_frames=self.num_frames,
                                                           max_batch=self.max_batch, chunk=self.chunk)}
 
     def has_config(self, config: dict) -> bool:
