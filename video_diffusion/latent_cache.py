@@ -76,20 +76,25 @@ class LatentCache(Dataset):
     def encode_missing(self, dataset: GifDataset, diffusion: nn.Module, processes: Processes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [i for i in range(processes.rank, len(dataset), processes.world_size) if not self.files[i].exists()]
-        for i in tqdm(missing, desc='encoding clips', unit='clip', disable=not processes.is_main or not missing):
-            read, frames = dataset.readable(i)
-            if read != i:                                    # it is damaged, and another would stand in for it
+        bar = tqdm(total=len(missing), desc='encoding clips', unit='clip', disable=not processes.is_main or not missing)
+        for at in range(0, len(missing), diffusion.max_batch):
+            batch = missing[at:at + diffusion.max_batch]
+            bar.update(len(batch))
+            batch = [i for i in batch if dataset.readable(i)[0] == i]    # for a damaged one another would stand in
+            if not batch:
                 continue
-            video = dataset.floats(dataset.clip(i)[None]).to(processes.device)
+            videos = dataset.floats(torch.stack([dataset.clip(i) for i in batch])).to(processes.device)
             noise = None
-            if diffusion.prob_cond_frames:
-                generator = seeded_generator(self.files[i].name, device=processes.device)
-                noise = diffusion.draw_image_noise(1, processes.device, generator)
-            posterior, image = diffusion.encode(video, noise)
+            if diffusion.prob_cond_frames:                   # of each clip alone, whatever is encoded beside it
+                generators = [seeded_generator(self.files[i].name, device=processes.device) for i in batch]
+                noise = torch.cat([diffusion.draw_image_noise(1, processes.device, generator) for generator in generators])
+            posterior, image = diffusion.encode(videos, noise)
             parts = [posterior.mean, posterior.logvar]       # b c f h w, each
             if image is not None:
                 parts.append(F.pad(image, (0, 0, 0, 0, 0, parts[0].shape[2] - 1)))
-            checkpoint.save(torch.cat(parts, dim=1)[0].cpu(), self.files[i])
+            for i, latents in zip(batch, torch.cat(parts, dim=1).cpu()):
+                checkpoint.save(latents.clone(), self.files[i])          # a copy, for a part would be saved with the whole
+        bar.close()
         processes.any(False)                                 # the others may have clips that we need
 
 
