@@ -1,10 +1,11 @@
 """Does the model continue a clip? The toy world's judge on predicted and on prolonged clips.
 
-    python train.py --known-frames 0.5 && python tests/bench_frames.py results/
+    python train.py --unconditional --known-frames 0.5 && python tests/bench_frames.py results/
 
-Predicts unseen clips from their first 2 frames, without their captions, in each of the three ways of known_frames.py; a
+Predicts unseen clips from their first 2 frames, without captions, in each of the three ways of known_frames.py; a
 prediction is right if it is lawful and has the shape, the colour and the direction of the clip. Then draws clips of 4
-times the length of the model's own, window by window, from a caption for the first window; they should be lawful.
+times the length of the model's own, window by window; they should be lawful. A model that reads captions gets one for the
+first window.
 """
 
 import argparse
@@ -34,6 +35,7 @@ def main():
     sampling = dict(sampler=args.sampler, steps=args.steps, progress=False)
     clips, captions = zip(*(shapes.random_clip(10 ** 9 + i, diffusion.height, diffusion.num_frames) for i in range(args.count)))
     clips = torch.stack(clips)
+    words = chunks(captions) if getattr(diffusion.denoise_fn, 'has_cond', False) else [None] * len(chunks(captions))
     results = []
 
     def report(name, videos, true):
@@ -44,21 +46,22 @@ def main():
 
     for way in args.ways:
         for weight in args.weights if way == 'guide' else [5.]:
-            drawn = [diffusion.sample(list(words), 0., first_frames=first.to(device), known_by=way, frame_guidance=weight,
-                                      seed=i, **sampling).cpu()
-                     for i, (first, words) in enumerate(zip(clips[:, :, :2].split(16), chunks(captions)))]
+            drawn = [diffusion.sample(cond, 1. if cond is None else 0., len(first), first_frames=first.to(device), known_by=way,
+                                      frame_guidance=weight, seed=i, **sampling).cpu()
+                     for i, (first, cond) in enumerate(zip(clips[:, :, :2].split(16), words))]
             drawn = torch.cat(drawn)
             grades = [shapes.grade(video) for video in drawn]
             right = [grade.lawful and grade.follows(caption) for grade, caption in zip(grades, captions)]
             report(f'{way} {weight}' if way == 'guide' else way, drawn, {'right': 100 * sum(right) / len(right)})
-        drawn = [diffusion.sample_long(4 * diffusion.num_frames, list(words), 2., overlap=args.overlap, later_cond_scale=0.,
-                                       known_by=way, seed=i, **sampling) for i, words in enumerate(chunks(captions))]
+        guided = dict(cond_scale=2., later_cond_scale=0.) if words[0] else {}
+        drawn = [diffusion.sample_long(4 * diffusion.num_frames, cond, overlap=args.overlap, known_by=way, seed=i, **guided,
+                                       **sampling) for i, cond in enumerate(words)]
         report(f'long {way}', torch.cat(drawn), {})
     print(json.dumps(results))
 
 
 def chunks(items, size=16):
-    return [items[i:i + size] for i in range(0, len(items), size)]
+    return [list(items[i:i + size]) for i in range(0, len(items), size)]
 
 
 if __name__ == '__main__':
