@@ -7,6 +7,7 @@
     python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
     torchrun --nproc_per_node=4 train.py my_gifs/ --amp
+    torchrun --nproc_per_node=4 train.py my_gifs/ --dim 256 --shard     # each process holds a quarter of the model
     torchrun --nproc_per_node=4 train.py my_gifs/ --stage vae --context-parallel 2
 """
 
@@ -114,6 +115,8 @@ def flags(argv=None) -> argparse.Namespace:
     add('--max-grad-norm', type=float, default=1., help='(default: 1)')
     add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
     add_diffusion('--compile', action='store_true', help='let torch.compile fuse the network: pays in long runs on a GPU')
+    add_diffusion('--shard', action='store_true', help='each process of torchrun holds its share of the weights, their average '
+                  'and the moments of Adam, for models that one device cannot hold (not with --compile)')
     add_diffusion('--checkpoint-activations', action='store_true',
                   help='compute every block again in the backward pass: less memory, more time')
     add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
@@ -252,7 +255,8 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed, compile=args.compile,
+        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
+        compile=args.compile, shard=args.shard,
         latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
 
 

@@ -184,7 +184,7 @@ def test_help_says_every_default():
             named = option.split()[0]
             is_switch = named.lstrip('-') in {
                 'resume', 'cache-latents', 'unconditional', 'zero-snr', 'flip', 'random-window', 'amp', 'strict', 'prompt', 'prompts-file',
-                'reconstruct', 'only-train-decoder', 'images', 'compile', 'checkpoint-activations'}
+                'reconstruct', 'only-train-decoder', 'images', 'compile', 'shard', 'checkpoint-activations'}
             assert is_switch or '(default' in ' '.join(option.split()), named
 
 
@@ -255,6 +255,8 @@ def test_errors_about_vaes_are_one_line_and_exit_2(run, clips):
         ('train.py', ['toy', *SMALL_VAE, '--objective', 'v0'], 'invalid choice'),
         ('train.py', ['toy', *SMALL_VAE, '--objective', 'noise'], '--objective has no meaning with --stage vae'),
         ('train.py', ['toy', '--disc-start', '3'], '--disc-start has no meaning with --stage diffusion'),
+        ('train.py', ['toy', *SMALL_VAE, '--shard'], '--shard has no meaning with --stage vae'),
+        ('train.py', ['toy', '--shard', '--context-parallel', '2'], '--context-parallel has no meaning with --stage diffusion'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--init', 'x.pt'], '--init: the sizes'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--ignore', 'encoder'], '--ignore'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--perceptual', 'none.pth'], 'vgg16-397923af.pth'),

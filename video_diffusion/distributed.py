@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -58,6 +58,12 @@ class Processes:
             dist.all_reduce(values, group=self.cpu_group)
             values /= self.world_size
         return values
+
+    def begin_alike(self, module: nn.Module) -> None:
+        """All begin with the main process's weights."""
+        if self.world_size > 1:
+            for weight in module.state_dict().values():
+                dist.broadcast(weight, 0, group=self.cpu_group if weight.device.type == 'cpu' else None)
 
     def gather(self, items: dict) -> dict:
         """The entries of all processes' dicts together, in the main one."""

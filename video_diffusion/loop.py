@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, lr_schedule
+from . import checkpoint, lr_schedule, shard
 from .dataset import GifDataset, batches
 from .distributed import Processes
 from .ema import EMA
@@ -215,12 +215,14 @@ class TrainingLoop:
 
     def save(self, milestone: int) -> None:
         # The loss of this step may be fine and the weights that its gradient led to may not be.
-        if not all(weight.isfinite().all() for weight in self.parts['model'].parameters()):
+        finite = all(shard.own(weight).isfinite().all() for weight in self.parts['model'].parameters())
+        if self.processes.any(not finite):
             raise FloatingPointError(f'some weights are not finite after step {self.step}: the run stops here and earlier '
                                      'checkpoints are untouched. Try a lower train_lr, or max_grad_norm=1.')
+        state = self.state_dict()
         if self.processes.is_main:
             self.results_folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(self.state_dict(), self.results_folder / f'model-{milestone}.pt')
+            checkpoint.save(state, self.results_folder / f'model-{milestone}.pt')
 
     def load(self, milestone: int = -1) -> None:
         """Go on from a milestone of the results folder; -1 is the newest."""
@@ -229,12 +231,13 @@ class TrainingLoop:
         self.load_state_dict(checkpoint.load_run(path))
 
     def state_dict(self) -> dict:
+        """For the main process to save; every process must ask, for it may hold shards of it."""
         return {
             'config': self.config(),
             'step': self.step,  # with the seed, also the position in the data and in the noise
             'seed': self.seed,
             'seconds': self.seconds,
-            **{name: part.state_dict() for name, part in self.parts.items()},
+            **{name: shard.whole(part.state_dict(), keep=self.processes.is_main) for name, part in self.parts.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -245,7 +248,7 @@ class TrainingLoop:
         if missing:
             raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            shard.load(part, state[name])
         self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']
 
 

@@ -26,6 +26,7 @@ from .ema import EMA
 from .gif import video_tensor_to_gif
 from .latent_cache import LatentCache
 from .loop import TrainingLoop
+from .shard import shard_weights
 from .text import CaptionCache
 
 
@@ -63,13 +64,19 @@ class Trainer(TrainingLoop):
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
+        shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         if num_frames not in (None, diffusion.num_frames):
             raise ValueError(f'num_frames={num_frames}: the diffusion was built for {diffusion.num_frames} frames')
         if images and latent_cache is not None:
             raise ValueError('images=True tells images from clips by their pixels, which latent_cache keeps away: leave out one')
+        if shard and compile:
+            raise ValueError('shard=True borrows weights in the middle of what compile=True would fuse: leave out one')
         processes = processes or Processes(device=best_device())
+        shard = shard and processes.world_size > 1           # the share of one that is alone is all
+        if shard:
+            shard_weights(diffusion, processes)
         diffusion.to(processes.device)
         dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                              horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
@@ -106,7 +113,7 @@ class Trainer(TrainingLoop):
         if compile:
             diffusion.denoise_fn.compile()       # in place: the weights keep their names
         self.model = diffusion
-        if processes.world_size > 1:
+        if processes.world_size > 1 and not shard:
             self.model = DistributedDataParallel(diffusion, broadcast_buffers=False)
 
     def train(
@@ -136,7 +143,8 @@ class Trainer(TrainingLoop):
         cond = captions if self.use_captions else None
         if cond is not None and self.cache is not None:
             cond = self.cache(cond).to(self.device, non_blocking=True)
-        # Processes average their gradients once per step, in the last backward pass.
+        # Processes average their gradients once per step, in the last backward pass; sharded ones, which have no room for
+        # whole gradients to add up, in every one.
         with nullcontext() if is_last or self.model is self.diffusion else self.model.no_sync():
             with self.autocast():
                 loss = self.model(videos, cond, **draws)
@@ -203,8 +211,12 @@ def sample_many(
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
+    batches = math.ceil(count / batch_size)
+    rounds = math.ceil(batches / processes.world_size)
     parts = {}  # number of a batch -> videos. Its number goes into its seed, so that who draws it does not matter.
-    for number in range(processes.rank, math.ceil(count / batch_size), processes.world_size):
+    for turn in range(rounds):
+        # Who has none left draws one again: were it only to wait, the others would wait for its share of sharded weights.
+        number = (turn * processes.world_size + processes.rank) % batches
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,

@@ -115,11 +115,9 @@ class VAETrainer(TrainingLoop):
         if self.discriminator is not None:
             self.disc_optimizer = adam(self.discriminator, betas=(0.5, 0.9))      # a critic that remembers less
             self.parts |= {'discriminator': self.discriminator, 'disc_optimizer': self.disc_optimizer}
-        if processes.world_size > 1:                         # all begin with the main process's weights
-            for part in filter(None, (vae, self.discriminator)):
-                for weight in part.state_dict().values():
-                    dist.broadcast(weight, 0)
-            self.ema.copy()
+        for part in filter(None, (vae, self.discriminator)):
+            processes.begin_alike(part)
+        self.ema.copy()
         self.share_clips(True)
 
     def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
