@@ -5,6 +5,7 @@
     python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
     python sample.py results/ --prompt "a red circle moving left" --first-frames clip.gif --frames 32
+    python sample.py results/ --prompt "a red circle moving left" --low-res small.gif
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
     python sample.py results_vae/ --reconstruct clip.gif
 
@@ -48,6 +49,7 @@ def flags(argv=None) -> argparse.Namespace:
     add('--sampler', choices=tuple(SAMPLERS), help='(default: as in training)')
     add('--steps', type=int, help='sampling steps (default: as in training)')
     add('--first-frames', '--image', metavar='FILE', help='a GIF or an image with which every video begins (default: none)')
+    add('--low-res', metavar='FILE', help='the GIF that a model of train.py --low-res is to enlarge (default: none)')
     add('--known', type=int, metavar='N', help='so many frames of that file, its last ones (default: half as many as the '
         'model draws, or all there are)')
     add('--known-by', choices=WAYS, help='how the other frames are made to fit (default: network if it has been trained '
@@ -89,7 +91,7 @@ def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes
         raise ValueError('--later-cond-scale is for videos that are drawn piece by piece: give --frames too')
     given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps, negative=args.negative,
                  guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance, known_by=args.known_by,
-                 first_frames=read_first_frames(args, diffusion), num_frames=args.frames,
+                 first_frames=read_first_frames(args, diffusion), low_res=read_low_res(args, diffusion), num_frames=args.frames,
                  later_cond_scale=args.later_cond_scale)
     sampling = {**state['sampling'], **{name: value for name, value in given.items() if value is not None}}
     videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes,
@@ -146,6 +148,18 @@ def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | L
         raise ValueError(f'--known {known}: {args.first_frames} has {clip.shape[1]} frames and the model draws '
                          f'{diffusion.num_frames}, so give 1 to {most}')
     return clip[None, :, -known:].float().to(diffusion.alpha.device) / 255
+
+
+def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion) -> Tensor | None:
+    """A small clip (1 c f h w), of the size that the model enlarges."""
+    factor = getattr(diffusion, 'low_res', None)
+    if (args.low_res is None) != (factor is None):
+        raise ValueError(f'{args.checkpoint} ' + (f'enlarges clips {factor} times: give it one with --low-res' if factor else
+                         'was not trained with --low-res: it has no use for a small clip'))
+    if factor is None:
+        return None
+    clip = resize_and_crop(read_frames(args.low_res, diffusion.channels), (diffusion.height // factor, diffusion.width // factor))
+    return clip[None, :, :diffusion.num_frames].float() / 255
 
 
 def write(videos, prompts: list[str] | None, folder: Path) -> None:

@@ -90,6 +90,8 @@ def flags(argv=None) -> argparse.Namespace:
     add_diffusion('--vae', metavar='RESULTS', help='a trained VAE, its results folder or a checkpoint: diffuse in its latents '
                   '(default: pixels; the toy world is then 32 pixels wide)')
     add_diffusion('--cache-latents', action='store_true', help='encode each clip once, into the folder latents/ beside the VAE')
+    add_diffusion('--low-res', type=int, metavar='FACTOR', help='with --vae: learn to enlarge clips so many times (default: '
+                  'to draw them from nothing)')
     add_diffusion('--unconditional', action='store_true', help='do not use the captions')
     add_diffusion('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
     add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
@@ -176,7 +178,7 @@ def main() -> None:
         trainer.train()
     else:
         trainer.train(prob_focus_present=args.focus_present)
-        if trainer.step == args.steps and args.folder is None:
+        if trainer.step == args.steps and args.folder is None and args.low_res is None:
             grade_toy_world(args, trainer)
     if processes.is_main:
         report(args, trainer)
@@ -226,7 +228,11 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
 def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> Trainer:
     if args.cache_latents and not args.vae:
         raise ValueError('--cache-latents: there are latents only with a VAE, so give --vae too')
+    if args.low_res is not None and (not args.vae or args.known_frames):
+        raise ValueError('--low-res: clips are enlarged in latents, and the small clip comes where known frames would, so give '
+                         '--vae too and leave --known-frames out')
     vae = vae_from_checkpoint(args.vae) if args.vae else None
+    told = args.known_frames if args.low_res is None else 1.
     multiple = 2 ** (len(args.dim_mults) - 1) * (vae.space_compression if vae else 1)  # the U-Net halves frames so often
     frames, height, width = clip_size(args, folder, multiple)
     if vae and args.num_frames is None:
@@ -237,16 +243,16 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
-                  cond_dim=encoder.dim if encoder else None, cond_frames=args.known_frames > 0,
+                  cond_dim=encoder.dim if encoder else None, cond_frames=told > 0,
                   checkpoint_activations=args.checkpoint_activations)
     diffusion = GaussianDiffusion(
         unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
-        prob_cond_frames=args.known_frames)
+        prob_cond_frames=told)
     if vae:
-        diffusion = LatentDiffusion(diffusion, vae, num_frames=frames)
+        diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
@@ -301,6 +307,7 @@ def report(args: argparse.Namespace, trainer: Trainer | VAETrainer) -> None:
         print(f'to see what it makes of a clip: python sample.py {results} --reconstruct {trainer.held_out.paths[0]}')
     else:
         example = f' --prompt "{trainer.dataset.captions[0]}"' if trainer.use_captions else ''
+        example += '' if args.low_res is None else ' --low-res small.gif'
         print(f'to sample from it: python sample.py {results}{example}')
 
 

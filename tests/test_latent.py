@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from test_trainer import CPU, assert_same_state, soften
-from video_diffusion import GaussianDiffusion, GifDataset, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, shapes
+from video_diffusion import GaussianDiffusion, GifDataset, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
 from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.distributed import Processes
 from video_diffusion.latent import LatentDiffusion, diffusion_from_state, latent_shape
@@ -250,6 +250,81 @@ def test_longer_clips():
     assert video.shape == (1, 3, 9, SIZE, SIZE)
 
 
+# Super-resolution
+
+def test_the_network_is_told_the_whole_clip_small():
+    diffusion, video = make(told=1., low_res=4), torch.rand(2, 3, FRAMES, SIZE, SIZE)
+    small = diffusion.shrink(video)
+    torch.testing.assert_close(small, video.unflatten(3, (4, 4)).unflatten(5, (4, 4)).mean(dim=(4, 6)))  # of squares of 4 x 4
+    large = torch.stack([torch.nn.functional.interpolate(small[:, :, i], scale_factor=4, mode='bilinear') for i in range(FRAMES)], 2)
+    shown = []
+    forward = diffusion.denoise_fn.forward
+    diffusion.denoise_fn.forward = lambda x, t, **kwargs: shown.append(kwargs) or forward(x, t, **kwargs)
+    draws = diffusion.draw(2, torch.device('cpu'))
+    diffusion(video, **draws)
+    drawn = ddim(diffusion, low_res=small)
+    assert drawn.shape == video.shape and 'image_noise' not in draws
+    for kwargs in shown:
+        torch.testing.assert_close(kwargs['known'], diffusion.vae.encode(large).mean * 1.5)
+        assert kwargs['known_mask'].all()
+    assert torch.equal(ddim(diffusion, low_res=small[:1])[0], drawn[0])        # one is enough for all
+    assert not torch.allclose(ddim(diffusion, low_res=small.flip(0)), drawn, atol=1e-3)
+
+
+def test_a_network_that_enlarges_learns_to_use_the_small_clip():
+    """Of pure noise nothing can be said but what the small clip says: here, the colour of a clip that has but one."""
+    diffusion = make(told=1., low_res=4, objective='x0')
+    optimizer = torch.optim.Adam(diffusion.diffusion.parameters(), lr=5e-3)
+    sure, last = torch.zeros(8, 2, 3, 8, 8), torch.full((8,), 19)
+
+    def plain(count):
+        return diffusion.encode(torch.rand(count, 3, 1, 1, 1).expand(-1, -1, FRAMES, SIZE, SIZE))
+    diffusion.scale.fill_(1 / plain(64).posterior.mean.std())
+    clips = plain(8)
+    before = diffusion(clips, t=last, posterior_noise=sure).item()
+    for _ in range(60):
+        diffusion(plain(8), t=last, posterior_noise=sure).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    right = diffusion(clips, t=last, posterior_noise=sure).item()
+    wrong = diffusion(Encoded(clips.posterior, clips.hint.roll(1, 0)), t=last, posterior_noise=sure).item()
+    assert right < 0.5 * before and right < 0.5 * wrong
+
+
+def test_small_clips_are_cached_and_make_the_samples_of_a_milestone(clips, tmp_path):
+    dataset, diffusion = GifDataset(clips, SIZE, num_frames=FRAMES), make(captions=True, told=1., low_res=2)
+    cache = LatentCache(dataset, diffusion, tmp_path / 'latents', CPU)
+    encoded, expected = cache.floats(cache.clip(0)[None]), diffusion.encode(dataset[0][0][None])
+    torch.testing.assert_close(encoded.hint, expected.hint)
+    torch.testing.assert_close(encoded.posterior.mean, expected.posterior.mean)
+    other = LatentCache(dataset, make(captions=True, told=1., low_res=4), tmp_path / 'latents', CPU)
+    assert other.folder != cache.folder
+
+    trainer = make_trainer(clips, tmp_path / 'results', diffusion, num_sample_rows=2, train_num_steps=1)
+    given = []
+    diffusion.sample = lambda prompts, batch_size, low_res, **how: given.extend(zip(prompts, low_res)) or torch.zeros(len(prompts), 3, FRAMES, 4, 4)
+    trainer.train()
+    for (prompt, small), i in zip(given, (0, 1, 3, 4), strict=True):
+        video, caption = dataset[i]
+        assert prompt == caption
+        torch.testing.assert_close(small, diffusion.shrink(video[None])[0])
+
+
+def test_what_cannot_be_enlarged_is_said_so():
+    with pytest.raises(ValueError, match='low_res=3: give a number above 1 that divides frames of 16x16'):
+        make(told=1., low_res=3)
+    with pytest.raises(ValueError, match='prob_cond_frames=0.5.*prob_cond_frames=1'):
+        make(told=0.5, low_res=4)
+    diffusion, small = make(told=1., low_res=4), torch.rand(1, 3, FRAMES, 4, 4)
+    for low_res, more in ((None, {}), (small[0], {}), (small[:, :, 1:], {}), (small[..., 1:], {}), (small, dict(image=torch.rand(1, 3, 16, 16)))):
+        with pytest.raises(ValueError, match=r'expected \(batch, 3, 5, 4, 4\) and no first_frames'):
+            ddim(diffusion, low_res=low_res, **more)
+    with pytest.raises(ValueError, match='cannot make them longer'):
+        diffusion.sample_long(9, low_res=small)
+    with pytest.raises(ValueError, match='not built to enlarge'):
+        ddim(make(), low_res=small)
+
+
 # Errors, scripts
 
 def test_sizes_must_agree():
@@ -297,6 +372,23 @@ def test_the_command_line_from_a_vae_to_samples(clips, tmp_path, monkeypatch, ca
     code, out = run('sample.py', 'results', '--prompt', 'a red circle', '--image', clip, '--known', 1, '--device', 'cpu')
     assert code == 0 and gif_to_tensor('samples/000-a-red-circle.gif').shape == (3, FRAMES, SIZE, SIZE), out
     assert run('train.py', clips, *small, '--resume', '--steps', 3)[0] == 0
+    large = [*small[:-2], '--results', 'large', '--low-res', 4]
+    code, out = run('train.py', clips, *large, '--cache-latents')
+    assert code == 0 and 'sample.py large --prompt' in out and '--low-res small.gif' in out
+    assert diffusion_from_state(checkpoint.load_run('large')).low_res == 4
+    video_tensor_to_gif(torch.rand(3, FRAMES, 4, 4), 'small.gif')
+    code, out = run('sample.py', 'large', '--prompt', 'a red circle', '--low-res', 'small.gif', '--out', 'enlarged', '--device', 'cpu')
+    assert code == 0 and gif_to_tensor('enlarged/000-a-red-circle.gif').shape == (3, FRAMES, SIZE, SIZE), out
+    for script, args, sentence in [
+        ('train.py', [clips, *large, '--resume', '--low-res', 2], 'made with other settings'),
+        ('train.py', [clips, *small, '--results', 'other', '--low-res', 4], 'leave --known-frames out'),
+        ('train.py', [clips, *small[:-4], '--results', 'other', '--low-res', 4], 'give --vae too'),
+        ('sample.py', ['large', '--prompt', 'a', '--device', 'cpu'], 'large enlarges clips 4 times: give it one with --low-res'),
+        ('sample.py', ['results', '--prompt', 'a', '--low-res', 'small.gif', '--device', 'cpu'], 'was not trained with --low-res'),
+        ('sample.py', ['large', '--prompt', 'a', '--low-res', 'small.gif', '--frames', 9, '--device', 'cpu'], 'cannot make them longer'),
+    ]:
+        code, err = run(script, *args)
+        assert code == 2 and sentence in err, (args, err)
     code, err = run('train.py', clips, *small[:-4], '--cache-latents', '--results', 'other')
     assert code == 2 and 'give --vae too' in err
     code, err = run('train.py', clips, *small[:-4], '--vae', 'results', '--results', 'other')

@@ -21,11 +21,16 @@ network is told the first latent frames of some clips, as known_frames.py has it
 first frame *of the video*, encoded alone, so that one image is enough, and with a little noise in it
 (sigma = exp(N(-3, 0.5)) in [-1, 1]), so that a picture need not be perfect. What the network is told is therefore
 only about right, and it answers for these frames too: `sample(image=...)`, `sample(first_frames=...)`.
+
+**Super-resolution** goes the same way (cascades of arXiv 2106.15282, in latents): with `low_res=4` and `prob_cond_frames=1`
+the network is told all frames, made four times smaller, large again, and encoded. `sample(low_res=...)` takes a small
+clip, and what the network invents is what the small one leaves open.
 """
 
 from typing import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import known_frames
@@ -48,6 +53,7 @@ class LatentDiffusion(nn.Module):
         num_frames: int | None = None,            # of the videos; None: with a special first frame, see causal_vae.py
         max_batch: int = 8,                       # clips in the VAE at once
         chunk: int | None = None,                 # latent frames in it at once, None: all; see CausalVAE.encode
+        low_res: int | None = None,               # how many times larger than a given clip videos are; None: nothing is given
     ):
         super().__init__()
         self.num_frames = 1 + vae.time_compression * (diffusion.num_frames - 1) if num_frames is None else num_frames
@@ -61,6 +67,12 @@ class LatentDiffusion(nn.Module):
                              'have latents=True')
         if max_batch < 1:
             raise ValueError(f'max_batch={max_batch}: give 1 or more')
+        if low_res is not None and (low_res < 2 or self.height % low_res or self.width % low_res):
+            raise ValueError(f'low_res={low_res}: give a number above 1 that divides frames of {self.height}x{self.width}')
+        if low_res is not None and diffusion.prob_cond_frames != 1:
+            raise ValueError(f'low_res={low_res} with prob_cond_frames={diffusion.prob_cond_frames}: the network is always told '
+                             'the small clip, as known frames, so give Unet3D(cond_frames=True) and prob_cond_frames=1')
+        self.low_res = low_res
         self.diffusion = diffusion
         self.vae = vae.eval().requires_grad_(False)
         self.max_batch, self.chunk = max_batch, chunk
@@ -96,18 +108,20 @@ class LatentDiffusion(nn.Module):
         image_noise: Tensor | None = None,            # in the first frames that the network is told; None draws both here
         **training,                                   # the rest as there
     ) -> Tensor:
-        posterior, image = video if isinstance(video, Encoded) else self.encode(video, image_noise)
+        posterior, hint = video if isinstance(video, Encoded) else self.encode(video, image_noise)
         self.check_scale()
         if posterior_noise is None:
             posterior_noise = torch.randn_like(posterior.mean)
         z = (posterior.mean + posterior.std * posterior_noise) * self.scale              # b c f h w, of latents
-        told = None if image is None else torch.cat((image * self.scale, z[:, :, 1:]), dim=2)
+        told = None if hint is None else torch.cat((hint * self.scale, z[:, :, hint.shape[2]:]), dim=2)
+        if self.low_res:
+            training['known_mask'] = torch.ones(len(z), z.shape[2], dtype=torch.bool, device=z.device)
         return self.diffusion(z, cond, noise, t, known=told, **training)
 
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         draws = self.diffusion.draw(count, device, generator)
         draws['posterior_noise'] = torch.randn(draws['noise'].shape, device=device, generator=generator)
-        if self.prob_cond_frames:
+        if self.prob_cond_frames and not self.low_res:
             draws['image_noise'] = self.draw_image_noise(count, device, generator)
         return draws
 
@@ -141,13 +155,23 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode(self, video: Tensor, image_noise: Tensor | None = None) -> Encoded:
-        """Videos (b c f h w) in [0, 1] -> their latents, unscaled, and, if the network is to be told, those of first frames."""
+        """Videos (b c f h w) in [0, 1] -> their latents, unscaled, and, if the network is to be told, those of its hint."""
         self.check(video)
+        if self.low_res:
+            return Encoded(self.posterior(video), self.posterior(self.enlarge(self.shrink(video))).mean)
         if not self.prob_cond_frames:
             return Encoded(self.posterior(video), None)
         if image_noise is None:
             image_noise = self.draw_image_noise(len(video), video.device)
         return Encoded(self.posterior(video), self.posterior(video[:, :, :1] + image_noise).mean)
+
+    def shrink(self, video: Tensor) -> Tensor:
+        """(b c f h w) -> what is left of it in `low_res` times smaller frames."""
+        return F.interpolate(video, (self.num_frames, self.height // self.low_res, self.width // self.low_res), mode='area')
+
+    def enlarge(self, video: Tensor) -> Tensor:
+        # As many frames as before, so that only height and width are interpolated.
+        return F.interpolate(video, (self.num_frames, self.height, self.width), mode='trilinear')
 
     def posterior(self, video: Tensor) -> DiagonalGaussian:
         chunk = self.chunk and self.chunk * self.vae.time_compression
@@ -170,6 +194,7 @@ class LatentDiffusion(nn.Module):
         *,
         image: Tensor | None = None,                  # (b c h w): how the videos begin; one is enough for all. Or:
         first_frames: Tensor | None = None,           # (b c k h w): several of them
+        low_res: Tensor | None = None,                # (b c f h/low_res w/low_res): the videos, small; one is enough for all
         known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
         **sampling,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
     ) -> Tensor:
@@ -183,6 +208,10 @@ class LatentDiffusion(nn.Module):
         if first_frames is not None:
             known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
             sampling['known'], sampling['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
+        if self.low_res or low_res is not None:
+            self.check_low_res(low_res, alone=first_frames is None)
+            sampling['known'] = self.posterior(self.enlarge(low_res.to(self.scale.device))).mean * self.scale
+            sampling['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
         x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **sampling)
         return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
 
@@ -192,6 +221,8 @@ class LatentDiffusion(nn.Module):
         seed: int | None = None, **sampling,
     ) -> Tensor:
         """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
+        if self.low_res:
+            raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
         if overlap is None:
             overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
         return known_frames.window_by_window(
@@ -228,24 +259,33 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
                              'that is (batch, channels, num_frames, height, width)')
 
+    def check_low_res(self, low_res: Tensor | None, alone: bool) -> None:
+        if not self.low_res:
+            raise ValueError('low_res was given, but this LatentDiffusion was not built to enlarge clips: LatentDiffusion(low_res=4)')
+        expected = (self.channels, self.num_frames, self.height // self.low_res, self.width // self.low_res)
+        given = None if low_res is None else tuple(low_res.shape)
+        if given is None or len(given) != 5 or given[1:] != expected or not alone:
+            raise ValueError(f'low_res has shape {given}: this model enlarges clips {self.low_res} times, expected (batch, '
+                             f'{", ".join(map(str, expected))}) and no first_frames beside it')
+
     # Building it again from a checkpoint, which holds the VAE too
 
     def config(self) -> dict:
-        return {**self.diffusion.config(), 'latent': dict(vae=vae_config(self.vae), vae_weights=fingerprint(self.vae),
-                                                          num_frames=self.num_frames,
-                                                          max_batch=self.max_batch, chunk=self.chunk)}
+        return {**self.diffusion.config(), 'latent': dict(
+            vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), num_frames=self.num_frames, max_batch=self.max_batch,
+            chunk=self.chunk, low_res=self.low_res)}
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings, and with our very VAE: latents of another mean nothing to it."""
         mine, stored = self.config()['latent'], config.get('latent', {})
         return self.diffusion.has_config(config) and all(
-            mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames'))
+            mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames', 'low_res'))
 
     @classmethod
     def from_config(cls, config: dict) -> 'LatentDiffusion':
         latent = config['latent']
         return cls(GaussianDiffusion.from_config(config), vae_from_config(latent['vae']),
-                   **{name: latent[name] for name in ('num_frames', 'max_batch', 'chunk')})
+                   **{name: latent.get(name) for name in ('num_frames', 'max_batch', 'chunk', 'low_res')})
 
     @classmethod
     def from_state(cls, state: dict) -> 'LatentDiffusion':

@@ -1,6 +1,6 @@
 """Latents on disk: what a VAE makes of a clip is the same in every epoch, so encode each clip once.
 
-    folder/<fingerprint>/<clip>.pt       mean, logvar and, for image-to-video, image, on the channel axis: (3c f h w)
+    folder/<fingerprint>/<clip>.pt       mean, logvar and, if there is one, the hint, on the channel axis: (3c f h w)
 
 Mean and log-variance are kept, not a sample, so that every epoch draws its own latents. The fingerprint is that
 of the VAE's weights and of all that shapes the latents; a clip's name comes from its path, size and date. Whatever
@@ -29,11 +29,11 @@ from .gaussian import DiagonalGaussian
 class Encoded(NamedTuple):
     """A batch of clips as a LatentDiffusion sees them."""
     posterior: DiagonalGaussian
-    image: Tensor | None                 # (b c 1 h w), the first frames, noised and encoded alone
+    hint: Tensor | None                  # what the network is told: noised first frames (b c 1 h w), or small clips (b c f h w)
 
 
 class LatentCache(Dataset):
-    """Stands in for the GifDataset that it encodes: clips are (3c f h w), or (2c f h w) without image-to-video."""
+    """Stands in for the GifDataset that it encodes: clips are (3c f h w), or (2c f h w) without a hint."""
 
     def __init__(self, dataset: GifDataset, diffusion: nn.Module, folder: str | Path, processes: Processes):
         if not hasattr(diffusion, 'vae'):
@@ -41,9 +41,11 @@ class LatentCache(Dataset):
         if dataset.horizontal_flip or dataset.random_window:
             raise ValueError('latent_cache: each clip is encoded once, as it is, so horizontal_flip and random_window cannot '
                              'change it anew each time: leave them out, or leave the cache out')
-        shape = dataset.size, dataset.num_frames, dataset.channels, diffusion.chunk, diffusion.prob_cond_frames > 0
+        hint = diffusion.low_res or diffusion.prob_cond_frames > 0
+        shape = dataset.size, dataset.num_frames, dataset.channels, diffusion.chunk, hint
         self.folder = Path(folder) / fingerprint(diffusion.vae, shape)
         self.num_frames, self.latent_channels = dataset.num_frames, diffusion.vae.latent_channels
+        self.hint_frames = diffusion.diffusion.num_frames if diffusion.low_res else 1
         self.files = [self.folder / file_name(path) for path in dataset.paths]
         self.encode_missing(dataset, diffusion, processes)
 
@@ -70,8 +72,8 @@ class LatentCache(Dataset):
         return self.clip(index), self.captions and self.captions[index]
 
     def floats(self, clips: Tensor) -> Encoded:
-        mean, logvar, *image = clips.split(self.latent_channels, dim=1)          # b c f h w, each
-        return Encoded(DiagonalGaussian(mean, logvar), image[0][:, :, :1] if image else None)
+        mean, logvar, *hint = clips.split(self.latent_channels, dim=1)          # b c f h w, each
+        return Encoded(DiagonalGaussian(mean, logvar), hint[0][:, :, :self.hint_frames] if hint else None)
 
     def encode_missing(self, dataset: GifDataset, diffusion: nn.Module, processes: Processes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +87,13 @@ class LatentCache(Dataset):
                 continue
             videos = dataset.floats(torch.stack([dataset.clip(i) for i in batch])).to(processes.device)
             noise = None
-            if diffusion.prob_cond_frames:                   # of each clip alone, whatever is encoded beside it
+            if diffusion.prob_cond_frames and not diffusion.low_res:     # of each clip alone, whatever is encoded beside it
                 generators = [seeded_generator(self.files[i].name, device=processes.device) for i in batch]
                 noise = torch.cat([diffusion.draw_image_noise(1, processes.device, generator) for generator in generators])
-            posterior, image = diffusion.encode(videos, noise)
+            posterior, hint = diffusion.encode(videos, noise)
             parts = [posterior.mean, posterior.logvar]       # b c f h w, each
-            if image is not None:
-                parts.append(F.pad(image, (0, 0, 0, 0, 0, parts[0].shape[2] - 1)))
+            if hint is not None:
+                parts.append(F.pad(hint, (0, 0, 0, 0, 0, parts[0].shape[2] - hint.shape[2])))
             for i, latents in zip(batch, torch.cat(parts, dim=1).cpu()):
                 checkpoint.save(latents.clone(), self.files[i])          # a copy, for a part would be saved with the whole
         bar.close()

@@ -81,6 +81,7 @@ class Trainer(TrainingLoop):
         dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                              horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
                              exts=CLIPS + IMAGES if images else CLIPS)
+        self.clips = dataset
         if latent_cache is not None:
             dataset = LatentCache(dataset, diffusion, latent_cache, processes)
         weights = [p for p in diffusion.parameters() if p.requires_grad]
@@ -102,6 +103,7 @@ class Trainer(TrainingLoop):
         self.num_samples = num_sample_rows ** 2
         self.sampling = dict(cond_scale=cond_scale, sampler=sampler, steps=sample_steps)
         self.use_captions = getattr(diffusion.denoise_fn, 'has_cond', False)
+        self.enlarges = getattr(diffusion, 'low_res', None) is not None
         if self.use_captions and dataset.captions is None:
             raise ValueError(f'the model is conditional, but the clips in {folder} have no captions: put a clip.txt '
                              'beside each clip.gif, or build the model without cond_dim')
@@ -181,7 +183,7 @@ class Trainer(TrainingLoop):
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, prompts, self.num_samples, batch_size=self.batch_size, seed=self.seed,
-                                 processes=self.processes, **self.sampling)
+                                 processes=self.processes, low_res=self.small_clips(), **self.sampling)
         if self.processes.is_main:
             video_tensor_to_gif(videos, path)
             if prompts:
@@ -192,8 +194,15 @@ class Trainer(TrainingLoop):
         """Captions from all over the folder; the same ones at every milestone."""
         if not self.use_captions:
             return None
-        captions = sorted(set(self.dataset.captions))
+        captions = self.clips.captions if self.enlarges else sorted(set(self.dataset.captions))
         return [captions[i * len(captions) // self.num_samples] for i in range(self.num_samples)]
+
+    def small_clips(self) -> Tensor | None:
+        """For a model that enlarges: clips from all over the folder (count c f h w), made small."""
+        if not self.enlarges:
+            return None
+        clips = [self.clips.clip(i * len(self.clips) // self.num_samples) for i in range(self.num_samples)]
+        return self.diffusion.shrink(self.clips.floats(torch.stack(clips)))
 
     def config(self) -> dict:
         return self.diffusion.config()
@@ -207,7 +216,7 @@ class Trainer(TrainingLoop):
 
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
-    processes: Processes, num_frames: int | None = None, **sampling,
+    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
@@ -220,6 +229,7 @@ def sample_many(
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
-            progress=processes.is_main, **sampling).cpu()
+            progress=processes.is_main, **sampling,
+            **({} if low_res is None else dict(low_res=low_res.expand(count, -1, -1, -1, -1)[rows]))).cpu()
     parts = processes.gather(parts)
     return torch.cat([parts[number] for number in sorted(parts)]) if processes.is_main else None
