@@ -259,7 +259,7 @@ def test_the_network_is_told_the_whole_clip_small():
     large = torch.stack([torch.nn.functional.interpolate(small[:, :, i], scale_factor=4, mode='bilinear') for i in range(FRAMES)], 2)
     shown = []
     forward = diffusion.denoise_fn.forward
-    diffusion.denoise_fn.forward = lambda x, t, **kwargs: shown.append(kwargs) or forward(x, t, **kwargs)
+    diffusion.denoise_fn.forward = lambda *args, **kwargs: shown.append(kwargs) or forward(*args, **kwargs)
     draws = diffusion.draw(2, torch.device('cpu'))
     diffusion(video, **draws)
     drawn = ddim(diffusion, low_res=small)
