@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from test_trainer import CPU, assert_same_state, soften
-from video_diffusion import GaussianDiffusion, GifDataset, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
+from video_diffusion import (
+    GaussianDiffusion, GifDataset, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, shapes, video_tensor_to_gif)
 from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.distributed import Processes
 from video_diffusion.latent import LatentDiffusion, diffusion_from_state, latent_shape
@@ -256,7 +258,7 @@ def test_the_network_is_told_the_whole_clip_small():
     diffusion, video = make(told=1., low_res=4), torch.rand(2, 3, FRAMES, SIZE, SIZE)
     small = diffusion.shrink(video)
     torch.testing.assert_close(small, video.unflatten(3, (4, 4)).unflatten(5, (4, 4)).mean(dim=(4, 6)))  # of squares of 4 x 4
-    large = torch.stack([torch.nn.functional.interpolate(small[:, :, i], scale_factor=4, mode='bilinear') for i in range(FRAMES)], 2)
+    large = torch.stack([F.interpolate(frame, scale_factor=4, mode='bilinear') for frame in small.unbind(2)], dim=2)
     shown = []
     forward = diffusion.denoise_fn.forward
     diffusion.denoise_fn.forward = lambda *args, **kwargs: shown.append(kwargs) or forward(*args, **kwargs)
@@ -302,7 +304,11 @@ def test_small_clips_are_cached_and_make_the_samples_of_a_milestone(clips, tmp_p
 
     trainer = make_trainer(clips, tmp_path / 'results', diffusion, num_sample_rows=2, train_num_steps=1)
     given = []
-    diffusion.sample = lambda prompts, batch_size, low_res, **how: given.extend(zip(prompts, low_res)) or torch.zeros(len(prompts), 3, FRAMES, 4, 4)
+
+    def sample(prompts, batch_size, low_res, **how):
+        given.extend(zip(prompts, low_res))
+        return torch.zeros(batch_size, 3, FRAMES, SIZE, SIZE)
+    diffusion.sample = sample
     trainer.train()
     for (prompt, small), i in zip(given, (0, 1, 3, 4), strict=True):
         video, caption = dataset[i]
@@ -316,7 +322,8 @@ def test_what_cannot_be_enlarged_is_said_so():
     with pytest.raises(ValueError, match='prob_cond_frames=0.5.*prob_cond_frames=1'):
         make(told=0.5, low_res=4)
     diffusion, small = make(told=1., low_res=4), torch.rand(1, 3, FRAMES, 4, 4)
-    for low_res, more in ((None, {}), (small[0], {}), (small[:, :, 1:], {}), (small[..., 1:], {}), (small, dict(image=torch.rand(1, 3, 16, 16)))):
+    image = dict(image=torch.rand(1, 3, SIZE, SIZE))
+    for low_res, more in ((None, {}), (small[0], {}), (small[:, :, 1:], {}), (small[..., 1:], {}), (small, image)):
         with pytest.raises(ValueError, match=r'expected \(batch, 3, 5, 4, 4\) and no first_frames'):
             ddim(diffusion, low_res=low_res, **more)
     with pytest.raises(ValueError, match='cannot make them longer'):
@@ -377,15 +384,16 @@ def test_the_command_line_from_a_vae_to_samples(clips, tmp_path, monkeypatch, ca
     assert code == 0 and 'sample.py large --prompt' in out and '--low-res small.gif' in out
     assert diffusion_from_state(checkpoint.load_run('large')).low_res == 4
     video_tensor_to_gif(torch.rand(3, FRAMES, 4, 4), 'small.gif')
-    code, out = run('sample.py', 'large', '--prompt', 'a red circle', '--low-res', 'small.gif', '--out', 'enlarged', '--device', 'cpu')
+    enlarge = ['large', '--prompt', 'a red circle', '--device', 'cpu']
+    code, out = run('sample.py', *enlarge, '--low-res', 'small.gif', '--out', 'enlarged')
     assert code == 0 and gif_to_tensor('enlarged/000-a-red-circle.gif').shape == (3, FRAMES, SIZE, SIZE), out
     for script, args, sentence in [
         ('train.py', [clips, *large, '--resume', '--low-res', 2], 'made with other settings'),
         ('train.py', [clips, *small, '--results', 'other', '--low-res', 4], 'leave --known-frames out'),
         ('train.py', [clips, *small[:-4], '--results', 'other', '--low-res', 4], 'give --vae too'),
-        ('sample.py', ['large', '--prompt', 'a', '--device', 'cpu'], 'large enlarges clips 4 times: give it one with --low-res'),
-        ('sample.py', ['results', '--prompt', 'a', '--low-res', 'small.gif', '--device', 'cpu'], 'was not trained with --low-res'),
-        ('sample.py', ['large', '--prompt', 'a', '--low-res', 'small.gif', '--frames', 9, '--device', 'cpu'], 'cannot make them longer'),
+        ('sample.py', enlarge, 'large enlarges clips 4 times: give it one with --low-res'),
+        ('sample.py', ['results', *enlarge[1:], '--low-res', 'small.gif'], 'was not trained with --low-res'),
+        ('sample.py', [*enlarge, '--low-res', 'small.gif', '--frames', 9], 'cannot make them longer'),
     ]:
         code, err = run(script, *args)
         assert code == 2 and sentence in err, (args, err)

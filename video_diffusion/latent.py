@@ -261,7 +261,7 @@ class LatentDiffusion(nn.Module):
 
     def check_low_res(self, low_res: Tensor | None, alone: bool) -> None:
         if not self.low_res:
-            raise ValueError('low_res was given, but this LatentDiffusion was not built to enlarge clips: LatentDiffusion(low_res=4)')
+            raise ValueError('low_res was given, but this model was not built to enlarge clips: LatentDiffusion(..., low_res=4)')
         expected = (self.channels, self.num_frames, self.height // self.low_res, self.width // self.low_res)
         given = None if low_res is None else tuple(low_res.shape)
         if given is None or len(given) != 5 or given[1:] != expected or not alone:
