@@ -30,7 +30,7 @@ def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, st
     return soften(Trainer(
         diffusion, clips, train_batch_size=4 // processes.world_size, gradient_accumulate_every=2, train_num_steps=steps,
         train_lr=1e-3, step_start_ema=1, update_ema_every=1, ema_decay=0.5, max_grad_norm=0.1, save_and_sample_every=2,
-        num_sample_rows=2, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard))
+        num_sample_rows=1, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard))
 
 
 def train(processes, clips, results, settings):
@@ -141,7 +141,7 @@ def save_what_is_broken_in_the_last_process(processes, clips, results):
     trainer = make_trainer(clips, results, processes, shard=True)
     if processes.rank == 1:
         with torch.no_grad():
-            next(trainer.diffusion.parameters()).to_local().fill_(float('nan'))
+            trainer.diffusion.denoise_fn.final_block.block1.conv.weight.to_local().fill_(float('nan'))
     with pytest.raises(FloatingPointError, match='weights are not finite'):
         trainer.save(1)
 
