@@ -199,18 +199,19 @@ def test_sampling_is_shared_among_processes(run, clips, tmp_path):
     assert len(list(Path('two').glob('0*.gif'))) == 3
 
 
-SMALL_VAE = ['--stage', 'vae', '--dim', '4', '--dim-mults', '1', '2', '--batch-size', '2', '--steps', '2', '--sample-every', '2',
-             '--device', 'cpu']
+SMALL_VAE = ['--stage', 'vae', '--dim', '4', '--dim-mults', '1', '2', '--batch-size', '2', '--steps', '2', '--image-steps', '1',
+             '--sample-every', '2', '--device', 'cpu']
 
 
 def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
-    code, out, _ = run('train.py', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 5)
+    small = [*SMALL_VAE, '--toy-clips', 12, '--num-frames', 5, '--time-compression', 2]
+    code, out, _ = run('train.py', *small)
     assert code == 0 and 'dB PSNR' in out and 'python sample.py results_vae --reconstruct data/shapes-32/' in out
     code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'data/shapes-32/00003.gif', '--device', 'cpu')
     assert code == 0 and '(3, 5, 32, 32) -> latents (4, 3, 16, 16) -> samples/00003.gif' in out
     assert gif_to_tensor('samples/00003.gif').shape == (3, 5, 32, 32)
     assert gif_to_tensor('samples/00003-compared.gif').shape == (3, 5, 32, 96)
-    code, _, _ = run('train.py', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 5, '--resume', '--steps', 3)
+    code, _, _ = run('train.py', *small, '--resume', '--steps', 3)
     assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
 
 
@@ -261,6 +262,7 @@ def test_errors_about_vaes_are_one_line_and_exit_2(run, clips):
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--ignore', 'encoder'], '--ignore'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--perceptual', 'none.pth'], 'vgg16-397923af.pth'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--context-parallel', '2'], 'start several with torchrun'),
+        ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--image-steps', '2'], 'image_steps=2 of 2 steps: clips would never'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--num-frames', '6', '--time-compression', '4',
                       '--dim-mults', '1', '1', '1'], '6 frames: time is compressed by 4'),
         ('sample.py', ['results_vae', '--device', 'cpu'], 'results_vae holds a VAE: give it a clip with --reconstruct'),

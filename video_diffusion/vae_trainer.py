@@ -32,7 +32,7 @@ from .context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
 from .dataset import GifDataset, seeded_generator
 from .distributed import Processes, best_device
 from .ema import EMA
-from .frame_shares import agree_on_shares
+from .frame_shares import agree_on_shares, has_special_first_frame
 from .gaussian import DiagonalGaussian
 from .gif import video_tensor_to_gif
 from .loop import TrainingLoop
@@ -90,6 +90,10 @@ class VAETrainer(TrainingLoop):
             raise ValueError(f'image_share={image_share}: give a number from 0 to 1')
         if image_steps < 0:
             raise ValueError(f'image_steps={image_steps}: give 0 or more')
+        if image_steps >= train_num_steps > 0:
+            raise ValueError(f'image_steps={image_steps} of {train_num_steps} steps: clips would never be seen; give fewer, or '
+                             'image_share=1 to train on images alone')
+        has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
         self.held_out = dataset.hold_out(min(held_out, max(1, len(dataset) // 10)))
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
