@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -183,6 +184,12 @@ def test_the_cache_goes_on_where_it_stopped_and_knows_what_it_holds(clips, tmp_p
     torch.testing.assert_close(posterior.std, expected.std)
     os.utime(sorted(clips.glob('*.gif'))[0], (1, 1))                      # a clip that was replaced
     assert len(encode()[1]) == 1
+    damaged = shutil.copytree(clips, tmp_path / 'damaged')
+    sorted(damaged.glob('*.gif'))[1].write_bytes(b'GIF89a')
+    with pytest.warns(UserWarning, match='skipped'):
+        cache = LatentCache(GifDataset(damaged, SIZE, num_frames=FRAMES), make(), tmp_path, CPU)
+    assert len(cache) == len(cache.captions) == 5                         # none stands in for the damaged one
+    assert cache.captions[1] == GifDataset(clips, SIZE, num_frames=FRAMES).captions[2]
     with pytest.raises(ValueError, match='random_window'):
         LatentCache(GifDataset(clips, SIZE, num_frames=FRAMES, random_window=True), make(), tmp_path, CPU)
     with pytest.raises(ValueError, match='pixels'):

@@ -55,6 +55,7 @@ def test_a_run_leaves_checkpoints_pictures_and_a_log_with_measures(clips, tmp_pa
     trainer.train(log_fn=logs.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['1.gif', '2.gif', 'log.csv', 'model-1.pt', 'model-2.pt']
     assert gif_to_tensor(tmp_path / '2.gif').shape[:2] == (3, 5)
+    assert gif_to_tensor(tmp_path / '1.gif').shape[:2] == (3, 1)                # image_steps=2
     log = read_log(tmp_path)
     assert [row['step'] for row in log] == ['1', '2', '3', '4']
     assert [bool(row['psnr']) for row in log] == [bool(row['ssim']) for row in log] == [False, True, False, True]
@@ -204,6 +205,8 @@ def test_fine_tuning_starts_from_given_weights_but_those_ignored():
 def test_what_cannot_work_is_refused(clips, tmp_path):
     with pytest.raises(ValueError, match='image_steps=-1: give 0 or more'):
         make_trainer(clips, tmp_path, image_steps=-1)
+    with pytest.raises(ValueError, match='6 frames: time is compressed by 4'):
+        make_trainer(clips, tmp_path, small_vae(dim_mults=(1, 1, 1), time_compression=4), num_frames=6, image_steps=2)
     with pytest.raises(ValueError, match='image_share=2'):
         make_trainer(clips, tmp_path, image_share=2)
     with pytest.raises(ValueError, match='image_size=8'):
