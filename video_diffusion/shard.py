@@ -67,8 +67,7 @@ def share(state, like):
         return {name: share(value, like.get(name) if isinstance(like, dict) else like) for name, value in state.items()}
     if not isinstance(like, DTensor) or state.shape != like.shape:
         return state
-    rows = distribute_tensor(state, like.device_mesh, like.placements, src_data_rank=None)  # None: each from its own copy
-    return torch.empty_like(like).copy_(rows)                    # `rows` are a view that keeps the whole alive
+    return distribute_tensor(state, like.device_mesh, like.placements, src_data_rank=None)  # None: each from its own copy
 
 
 def load(part, state: dict) -> None:
