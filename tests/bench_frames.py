@@ -1,11 +1,11 @@
 """Does the model continue a clip? The toy world's judge on predicted and on prolonged clips.
 
-    python train.py --unconditional --known-frames 0.5 && python tests/bench_frames.py results/
+    python train.py --known-frames 0.5 && python tests/bench_frames.py results/ --captions
 
-Predicts unseen clips from their first 2 frames, without captions, in each of the three ways of known_frames.py; a
-prediction is right if it is lawful and has the shape, the colour and the direction of the clip. Then draws clips of 4
-times the length of the model's own, window by window; they should be lawful. A model that reads captions gets one for the
-first window.
+Predicts unseen clips from their first 2 frames, and with --captions from what they say, in each of the three ways of
+known_frames.py; a prediction is right if it is lawful and has the shape, the colour and the direction of the clip. Then
+draws clips of 4 times the length of the model's own, window by window; they should be lawful. A model that reads
+captions gets one for the first window.
 """
 
 import argparse
@@ -27,6 +27,8 @@ def main():
     parser.add_argument('--ways', nargs='+', default=['network', 'guide', 'replace'])
     parser.add_argument('--weights', nargs='+', type=float, default=[5.], help='of guidance by frames')
     parser.add_argument('--overlap', type=int, default=4, help='frames that the windows of long clips share')
+    parser.add_argument('--captions', action='store_true', help='predict from the captions, too')
+    parser.add_argument('--short', action='store_true', help='no long clips')
     parser.add_argument('--out', help='folder for GIFs of what was drawn')
     args = parser.parse_args()
     keep_freed_memory()
@@ -36,6 +38,7 @@ def main():
     clips, captions = zip(*(shapes.random_clip(10 ** 9 + i, diffusion.height, diffusion.num_frames) for i in range(args.count)))
     clips = torch.stack(clips)
     words = chunks(captions) if getattr(diffusion.denoise_fn, 'has_cond', False) else [None] * len(chunks(captions))
+    scale = 1. if words[0] is None else 2. if args.captions else 0.
     results = []
 
     def report(name, videos, true):
@@ -46,13 +49,15 @@ def main():
 
     for way in args.ways:
         for weight in args.weights if way == 'guide' else [5.]:
-            drawn = [diffusion.sample(cond, 1. if cond is None else 0., len(first), first_frames=first.to(device), known_by=way,
+            drawn = [diffusion.sample(cond, scale, len(first), first_frames=first.to(device), known_by=way,
                                       frame_guidance=weight, seed=i, **sampling).cpu()
                      for i, (first, cond) in enumerate(zip(clips[:, :, :2].split(16), words))]
             drawn = torch.cat(drawn)
             grades = [shapes.grade(video) for video in drawn]
             right = [grade.lawful and grade.follows(caption) for grade, caption in zip(grades, captions)]
             report(f'{way} {weight}' if way == 'guide' else way, drawn, {'right': 100 * sum(right) / len(right)})
+        if args.short:
+            continue
         guided = dict(cond_scale=2., later_cond_scale=0.) if words[0] else {}
         drawn = [diffusion.sample_long(4 * diffusion.num_frames, cond, overlap=args.overlap, known_by=way, seed=i, **guided,
                                        **sampling) for i, cond in enumerate(words)]
