@@ -5,7 +5,7 @@
 Predicts unseen clips from their first 2 frames, and with --captions from what they say, in each of the three ways of
 known_frames.py; a prediction is right if it is lawful and has the shape, the colour and the direction of the clip. Then
 draws clips of 4 times the length of the model's own, window by window; they should be lawful. A model that reads
-captions gets one for the first window.
+captions gets one for the first window, and with --later-cond-scale for the others.
 """
 
 import argparse
@@ -28,6 +28,7 @@ def main():
     parser.add_argument('--weights', nargs='+', type=float, default=[5.], help='of guidance by frames')
     parser.add_argument('--overlap', type=int, default=4, help='frames that the windows of long clips share')
     parser.add_argument('--captions', action='store_true', help='predict from the captions, too')
+    parser.add_argument('--later-cond-scale', type=float, default=0., help='guidance of the later windows of long clips')
     parser.add_argument('--short', action='store_true', help='no long clips')
     parser.add_argument('--out', help='folder for GIFs of what was drawn')
     args = parser.parse_args()
@@ -47,21 +48,20 @@ def main():
         if args.out:
             video_tensor_to_gif(videos[:16], f'{args.out}/{name.replace(" ", "-")}.gif')
 
-    for way in args.ways:
-        for weight in args.weights if way == 'guide' else [5.]:
-            drawn = [diffusion.sample(cond, scale, len(first), first_frames=first.to(device), known_by=way,
-                                      frame_guidance=weight, seed=i, **sampling).cpu()
-                     for i, (first, cond) in enumerate(zip(clips[:, :, :2].split(16), words))]
-            drawn = torch.cat(drawn)
-            grades = [shapes.grade(video) for video in drawn]
-            right = [grade.lawful and grade.follows(caption) for grade, caption in zip(grades, captions)]
-            report(f'{way} {weight}' if way == 'guide' else way, drawn, {'right': 100 * sum(right) / len(right)})
-        if args.short:
-            continue
-        guided = dict(cond_scale=2., later_cond_scale=0.) if words[0] else {}
-        drawn = [diffusion.sample_long(4 * diffusion.num_frames, cond, overlap=args.overlap, known_by=way, seed=i, **guided,
-                                       **sampling) for i, cond in enumerate(words)]
-        report(f'long {way}', torch.cat(drawn), {})
+    for way, weight in [(way, weight) for way in args.ways for weight in (args.weights if way == 'guide' else [0.])]:
+        name = f'{way} {weight}' if way == 'guide' else way
+        how = dict(sampling, known_by=way, frame_guidance=weight)
+        drawn = torch.cat([
+            diffusion.sample(cond, scale, len(first), first_frames=first.to(device), seed=i, **how).cpu()
+            for i, (first, cond) in enumerate(zip(clips[:, :, :2].split(16), words))])
+        grades = [shapes.grade(video) for video in drawn]
+        right = [grade.lawful and grade.follows(caption) for grade, caption in zip(grades, captions)]
+        report(name, drawn, {'right': 100 * sum(right) / len(right)})
+        if not args.short:
+            guided = dict(cond_scale=2., later_cond_scale=args.later_cond_scale) if words[0] else {}
+            report(f'long {name}', torch.cat([
+                diffusion.sample_long(4 * diffusion.num_frames, cond, overlap=args.overlap, seed=i, **guided, **how)
+                for i, cond in enumerate(words)]), {})
     print(json.dumps(results))
 
 
