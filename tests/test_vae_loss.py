@@ -97,6 +97,7 @@ def test_the_critic_scores_the_first_frame_as_a_picture_and_later_ones_with_thei
     later = video.clone()
     later[:, :, 3:] = 0
     torch.testing.assert_close(critic(later)[:, :, :3], scores[:, :, :3])
+    assert (critic(later) - scores)[:, :, 5].abs().max() > 1e-3      # each frame itself is judged, too
     shuffled = critic(video[:, :, [2, 1, 0, 3, 4, 5]])
     assert (shuffled - scores)[:, :, 3].abs().max() > 1e-4          # the same frame after another past
     empty = critic(video[:, :, :0])                                  # the share of a process without frames
