@@ -108,7 +108,7 @@ def flags(argv=None) -> argparse.Namespace:
                   'much sooner (default: 3)')
     add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
         'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
-    add_diffusion('--images', action='store_true', 
+    add_diffusion('--images', action='store_true',
                   help='train on the png and jpg files of the folder too, as frames without motion')
     add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
     add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
