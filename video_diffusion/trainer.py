@@ -221,15 +221,15 @@ def sample_many(
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
     batches = math.ceil(count / batch_size)
-    rounds = math.ceil(batches / processes.world_size)
     parts = {}  # number of a batch -> videos. Its number goes into its seed, so that who draws it does not matter.
-    for turn in range(rounds):
+    for turn in range(math.ceil(batches / processes.world_size)):
         # Who has none left draws one again: were it only to wait, the others would wait for its share of sharded weights.
         number = (turn * processes.world_size + processes.rank) % batches
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
+        if low_res is not None:
+            sampling['low_res'] = low_res.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
-            progress=processes.is_main, **sampling,
-            **({} if low_res is None else dict(low_res=low_res.expand(count, -1, -1, -1, -1)[rows]))).cpu()
+            progress=processes.is_main, **sampling).cpu()
     parts = processes.gather(parts)
     return torch.cat([parts[number] for number in sorted(parts)]) if processes.is_main else None
