@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
-from video_diffusion.dataset import resize_and_crop
-from video_diffusion.frame_shares import fitting_frames
-from video_diffusion.gif import read_frames
-from video_diffusion.known_frames import WAYS
-from video_diffusion.latent import LatentDiffusion, diffusion_from_state
-from video_diffusion.metrics import psnr
-from video_diffusion.samplers import SAMPLERS
-from video_diffusion.script import keep_freed_memory, one_line_errors
-from video_diffusion.trainer import sample_many
-from video_diffusion.vae_checkpoint import vae_from_state
+from video_diffusion.data.dataset import resize_and_crop
+from video_diffusion.data.gif import read_frames
+from video_diffusion.diffusion.known_frames import WAYS
+from video_diffusion.diffusion.latent import LatentDiffusion, diffusion_from_state
+from video_diffusion.diffusion.samplers import SAMPLERS
+from video_diffusion.training.script import keep_freed_memory, one_line_errors
+from video_diffusion.training.trainer import sample_many
+from video_diffusion.vae.frame_shares import fitting_frames
+from video_diffusion.vae.metrics import psnr
+from video_diffusion.vae.vae_checkpoint import vae_from_state
 
 
 def flags(argv=None) -> argparse.Namespace:

@@ -18,20 +18,29 @@ from pathlib import Path
 import torch
 
 from video_diffusion import (
-    GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, distributed, lr_schedule, shapes, video_tensor_to_gif)
-from video_diffusion.causal_vae import CausalVAE
-from video_diffusion.convert_vae import causal_vae_from_diffusers, causal_vae_from_sat
-from video_diffusion.dataset import CLIPS, IMAGES, find_clips, read_captions
-from video_diffusion.frame_shares import fitting_frames
-from video_diffusion.latent import LatentDiffusion, latent_shape
-from video_diffusion.noise_schedule import SCHEDULES
-from video_diffusion.samplers import SAMPLERS
-from video_diffusion.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
-from video_diffusion.trainer import sample_many
-from video_diffusion.temporal_vae import TemporalVAE
-from video_diffusion.vae_checkpoint import vae_from_checkpoint
-from video_diffusion.vae_loss import PerceptualLoss
-from video_diffusion.vae_trainer import VAETrainer, start_from
+    GaussianDiffusion,
+    Trainer,
+    Unet3D,
+    WordEncoder,
+    checkpoint,
+    distributed,
+    lr_schedule,
+    shapes,
+    video_tensor_to_gif,
+)
+from video_diffusion.data.dataset import CLIPS, IMAGES, find_clips, read_captions
+from video_diffusion.diffusion.latent import LatentDiffusion, latent_shape
+from video_diffusion.diffusion.noise_schedule import SCHEDULES
+from video_diffusion.diffusion.samplers import SAMPLERS
+from video_diffusion.training.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
+from video_diffusion.training.trainer import sample_many
+from video_diffusion.training.vae_trainer import VAETrainer, start_from
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.vae.frame_shares import fitting_frames
+from video_diffusion.vae.temporal_vae import TemporalVAE
+from video_diffusion.vae.vae_checkpoint import vae_from_checkpoint
+from video_diffusion.vae.vae_loss import PerceptualLoss
+from video_diffusion.weights.cogvideox_vae import causal_vae_from_diffusers, causal_vae_from_sat
 
 # What a flag that is not given means, for --stage diffusion | vae. The CPU columns train the toy world in about ten minutes
 # on two cores.

@@ -31,9 +31,8 @@ from contextlib import nullcontext
 from statistics import median
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from bench_vae import clock, peak, reset_peak
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CASES = {                       # network, (b c f h w) of its batch, turns: None as --repeat says
     'd16':    (dict(dim=16), (4, 3, 8, 32, 32), None),
@@ -125,7 +124,7 @@ def run_job(job):
     config, shape, _ = CASES[job['case']]
     device = torch.device(job['device'])
     if job['setting'] == 'tuned':
-        from video_diffusion.script import keep_freed_memory
+        from video_diffusion.training.script import keep_freed_memory
         keep_freed_memory()
     diffusion, update = (build_theirs if job['who'] == 'theirs' else build_ours)(config, shape, job['who'], device)
     unet, video = diffusion.denoise_fn, torch.rand(shape, device=device)
@@ -173,7 +172,7 @@ def run_job(job):
 
 def build_ours(config, shape, variant, device):
     from video_diffusion import GaussianDiffusion, Unet3D
-    from video_diffusion.ema import EMA
+    from video_diffusion.training.ema import EMA
     unet = Unet3D(**config, checkpoint_activations=variant == 'lean')
     diffusion = GaussianDiffusion(unet, image_size=shape[-1], num_frames=shape[2], timesteps=2).to(device)
     if variant == 'compiled':
@@ -239,7 +238,7 @@ def measure_loader(job):
         def epoch():
             return [len(batch) for batch in loader]
     else:
-        from video_diffusion.dataset import GifDataset, batches
+        from video_diffusion.data.dataset import GifDataset, batches
         data = batches(GifDataset(job['folder'], 64, num_frames=10), 8, num_workers=0)
 
         def epoch():

@@ -134,9 +134,9 @@ def is_temporal(job):
 
 
 def ours(job, device, dtype):
-    from video_diffusion.context_parallel import split_frames
-    from video_diffusion.convert_temporal import temporal_vae_from_diffusers
-    from video_diffusion.convert_vae import causal_vae_from_diffusers
+    from video_diffusion.vae.context_parallel import split_frames
+    from video_diffusion.weights.cogvideox_vae import causal_vae_from_diffusers
+    from video_diffusion.weights.svd_vae import temporal_vae_from_diffusers
     read = temporal_vae_from_diffusers if is_temporal(job) else causal_vae_from_diffusers
     vae = read(job['folder']).to(device, dtype).eval()
     chunks = job['mode'] == 'chunks'

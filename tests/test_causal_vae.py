@@ -5,12 +5,13 @@ Run: pytest tests/test_causal_vae.py
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from video_diffusion.causal_blocks import Downsample, Norm, Upsample, stretched_index
-from video_diffusion.causal_vae import CausalVAE
-from video_diffusion.context_parallel import CausalConv3d, Piece, steps
+from video_diffusion.vae.causal_blocks import Downsample, Norm, Upsample, stretched_index
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.vae.context_parallel import CausalConv3d, Piece, steps
 
 
 def small_vae(scope='frame', **kwargs):
@@ -124,8 +125,8 @@ def test_norms_over_the_clip_do_look_at_later_frames():
 @pytest.mark.parametrize('scope', ['clip', 'frame'])
 @pytest.mark.parametrize('frames', [1, 4, 9])
 def test_without_gradients_the_result_is_the_same(scope, frames, monkeypatch):
-    monkeypatch.setattr('video_diffusion.context_parallel.steps', two_frames_at_a_time)
-    monkeypatch.setattr('video_diffusion.causal_blocks.steps', two_frames_at_a_time)
+    monkeypatch.setattr('video_diffusion.vae.context_parallel.steps', two_frames_at_a_time)
+    monkeypatch.setattr('video_diffusion.vae.causal_blocks.steps', two_frames_at_a_time)
     vae = small_vae(scope).double()
     video = clip(frames, batch=2).double()
     posterior = vae.encode(video)
@@ -369,7 +370,7 @@ def test_tiles_come_close_to_the_whole_and_show_no_seams(trained, make):
 
 
 def test_tiles_of_a_function_that_sees_one_pixel_are_exact():
-    from video_diffusion.tiling import in_tiles
+    from video_diffusion.vae.tiling import in_tiles
     x = torch.rand(1, 2, 3, 40, 56, dtype=torch.float64)
     double = in_tiles(lambda part: part.repeat_interleave(2, 3).repeat_interleave(2, 4), x, 16, 2)
     torch.testing.assert_close(double, x.repeat_interleave(2, 3).repeat_interleave(2, 4))

@@ -3,7 +3,6 @@
 Run: pytest tests/test_context_parallel.py
 """
 
-import itertools
 import os
 import time
 from contextlib import contextmanager
@@ -13,14 +12,21 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_workers import Workers
 from torch import nn
 
-from gloo_workers import Workers
-from video_diffusion.causal_vae import CausalVAE
-from video_diffusion.context_parallel import (CausalConv3d, GroupNorm, Piece, PrependBorrowed, gather_frames,
-                                              split_frames, sum_gradients)
 from video_diffusion.distributed import data_and_frames_mesh
-from video_diffusion.frame_shares import agree_on_shares
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.vae.context_parallel import (
+    CausalConv3d,
+    GroupNorm,
+    Piece,
+    PrependBorrowed,
+    gather_frames,
+    split_frames,
+    sum_gradients,
+)
+from video_diffusion.vae.frame_shares import agree_on_shares
 
 GROUPS = [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
 

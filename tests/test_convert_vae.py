@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from video_diffusion.causal_vae import CausalVAE
-from video_diffusion.convert_vae import (causal_vae_from_diffusers, causal_vae_from_sat,
-                                         causal_vae_to_diffusers, read_safetensors)
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.weights.cogvideox_vae import (
+    causal_vae_from_diffusers,
+    causal_vae_from_sat,
+    causal_vae_to_diffusers,
+    read_safetensors,
+)
 
 DATA = Path(__file__).parent / 'data'
 SMALL = dict(block_out_channels=(16, 32, 32, 48), layers_per_block=1, latent_channels=4, norm_num_groups=8)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import video_diffusion.dataset as dataset_module
-from video_diffusion.dataset import ClipStream, GifDataset, batches, clip_shape, resize_and_crop
-from video_diffusion.gif import gif_to_tensor, read_frames, video_tensor_to_gif
+import video_diffusion.data.dataset as dataset_module
+from video_diffusion.data.dataset import ClipStream, GifDataset, batches, clip_shape, resize_and_crop
+from video_diffusion.data.gif import gif_to_tensor, read_frames, video_tensor_to_gif
 
 
 def save(path, frames=4, height=8, width=8, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from video_diffusion.gaussian import DiagonalGaussian
+from video_diffusion.vae.gaussian import DiagonalGaussian
 
 SHAPES = [(2, 4, 3, 5), (2, 4, 3, 5, 6)]
 

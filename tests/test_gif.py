@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
-from video_diffusion.gif import gif_to_tensor, read_frames, tile, video_tensor_to_gif
+from video_diffusion.data.gif import gif_to_tensor, read_frames, tile, video_tensor_to_gif
 
 # ------------------------------------------------------------- a second, slow and plain, writer and composer
 

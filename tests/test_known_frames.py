@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from video_diffusion import GaussianDiffusion, Unet3D, known_frames, samplers
-from video_diffusion.noise_schedule import cosine_schedule
+from video_diffusion.diffusion.noise_schedule import cosine_schedule
 
 FRAMES = 6
 

@@ -9,15 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
 from test_trainer import CPU, assert_same_state, soften
+
 from video_diffusion import (
-    GaussianDiffusion, GifDataset, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, shapes, video_tensor_to_gif)
-from video_diffusion.causal_vae import CausalVAE
+    GaussianDiffusion,
+    GifDataset,
+    Trainer,
+    Unet3D,
+    WordEncoder,
+    checkpoint,
+    gif_to_tensor,
+    shapes,
+    video_tensor_to_gif,
+)
+from video_diffusion.diffusion.latent import LatentDiffusion, diffusion_from_state, latent_shape
+from video_diffusion.diffusion.latent_cache import Encoded, LatentCache
 from video_diffusion.distributed import Processes
-from video_diffusion.latent import LatentDiffusion, diffusion_from_state, latent_shape
-from video_diffusion.latent_cache import Encoded, LatentCache
-from video_diffusion.vae_checkpoint import vae_from_checkpoint
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.vae.vae_checkpoint import vae_from_checkpoint
 
 ROOT = Path(__file__).parent.parent
 FRAMES, SIZE = 5, 16          # latents: 2 channels, 3 frames of 8 x 8

@@ -8,9 +8,21 @@ import pytest
 import torch
 
 from video_diffusion import GaussianDiffusion, Unet3D
-from video_diffusion.noise_schedule import (
-    OBJECTIVES, SCHEDULES, build_schedule, cosine_schedule, linear_schedule, min_snr_weight, posterior, scaled_linear_schedule,
-    shifted, target, to_noise, to_x0, zero_snr)
+from video_diffusion.diffusion.noise_schedule import (
+    OBJECTIVES,
+    SCHEDULES,
+    build_schedule,
+    cosine_schedule,
+    linear_schedule,
+    min_snr_weight,
+    posterior,
+    scaled_linear_schedule,
+    shifted,
+    target,
+    to_noise,
+    to_x0,
+    zero_snr,
+)
 
 
 def snr(alpha_bar):

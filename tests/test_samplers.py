@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from video_diffusion import samplers
-from video_diffusion.noise_schedule import build_schedule, cosine_schedule, linear_schedule
-from video_diffusion.samplers import SAMPLERS, spaced_steps
+from video_diffusion.diffusion.noise_schedule import build_schedule, cosine_schedule, linear_schedule
+from video_diffusion.diffusion.samplers import SAMPLERS, spaced_steps
 
 DOUBLE = dict(dtype=torch.float64)
 ALL = [('ddpm', {}), ('ddim', {}), ('ddim', dict(eta=1.)), ('dpm++2m', {}), ('dpm++2m_sde', {})]

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
-from video_diffusion.causal_vae import CausalVAE
-from video_diffusion.convert_vae import causal_vae_to_diffusers
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.weights.cogvideox_vae import causal_vae_to_diffusers
 
 ROOT = Path(__file__).parent.parent
 SMALL = ['--dim', '8', '--dim-mults', '1', '2', '--batch-size', '2', '--steps', '2', '--sample-every', '2', '--sample-rows', '1',

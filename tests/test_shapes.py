@@ -10,10 +10,20 @@ import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
-from video_diffusion.gif import gif_to_tensor
-from video_diffusion.shapes import (
-    BACKGROUND, COLOURS, DIRECTIONS, SHAPES, Grade, captions, draw_clip, grade, grade_all, grade_batch,
-    make_shapes, random_clip,
+from video_diffusion.data.gif import gif_to_tensor
+from video_diffusion.data.shapes import (
+    BACKGROUND,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    Grade,
+    captions,
+    draw_clip,
+    grade,
+    grade_all,
+    grade_batch,
+    make_shapes,
+    random_clip,
 )
 
 GROUND = torch.tensor(BACKGROUND).view(3, 1, 1, 1)

@@ -7,13 +7,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-
 from gloo_workers import Workers
 from test_latent import make as make_latent
 from test_trainer import CPU, assert_same_state, clips, read_log, soften  # noqa: F401, clips is a fixture
+
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor
 from video_diffusion.distributed import Processes
-from video_diffusion.shard import own
+from video_diffusion.training.shard import own
 
 
 def build(kind, seed=0):

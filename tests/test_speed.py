@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from bench_unet import saved_bytes
 from torch._dynamo.testing import CompileCounter
 
-from bench_unet import saved_bytes
 from video_diffusion import Unet3D
 
 SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from video_diffusion.causal_blocks import doubled_conv
-from video_diffusion.context_parallel import steps
-from video_diffusion.convert_temporal import temporal_vae_from_diffusers, temporal_vae_to_diffusers
-from video_diffusion.temporal_vae import TemporalVAE
-from video_diffusion.tiling import in_chunks
+from video_diffusion.vae.causal_blocks import doubled_conv
+from video_diffusion.vae.context_parallel import steps
+from video_diffusion.vae.temporal_vae import TemporalVAE
+from video_diffusion.vae.tiling import in_chunks
+from video_diffusion.weights.svd_vae import temporal_vae_from_diffusers, temporal_vae_to_diffusers
 
 SMALL = dict(dim=8, dim_mults=(1, 2), blocks_per_level=1, norm_groups=4)
 
@@ -158,7 +158,7 @@ def test_wrong_files_are_named(pairs, tmp_path):
 @pytest.mark.parametrize('b, f, most', [(1, 1, 1), (1, 5, 1), (2, 5, 1), (2, 6, 10 ** 4), (1, 7, 3 * 10 ** 3)])
 def test_frame_by_frame_equals_the_whole_clip_at_once(b, f, most, monkeypatch):
     """float64; `most` numbers at a time make pieces of one frame, of several, and of several with a remainder."""
-    import video_diffusion.temporal_vae as module
+    import video_diffusion.vae.temporal_vae as module
     vae = small_vae(blocks_per_level=2).double()
     monkeypatch.setattr(module, 'steps', lambda x, unit, growth=1.: few_frames(x, most))
     video, image_only = torch.rand(b, 3, f, 8, 16).double(), torch.rand(b, f) < 0.4

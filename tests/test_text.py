@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from video_diffusion.text import BertEncoder, WordEncoder, word_rows
+from video_diffusion.networks.text import BertEncoder, WordEncoder, word_rows
 
 PROMPTS = ['a red ball rolls left', 'blue', 'the blue square rolls right and left']
 WORDS = 'a the red blue ball square rolls left right and'.split()
@@ -85,7 +85,7 @@ def test_empty_prompt_is_zeros():
 
 
 def test_word_rows_are_the_same_in_every_process():
-    code = 'from video_diffusion.text import word_rows; print(word_rows("a red ball rolls left", 4096))'
+    code = 'from video_diffusion.networks.text import word_rows; print(word_rows("a red ball rolls left", 4096))'
     another_seed = '2' if os.environ.get('PYTHONHASHSEED') == '1' else '1'
     assert run_python(code, PYTHONHASHSEED=another_seed) == str(word_rows('a red ball rolls left', 4096))
 
@@ -250,4 +250,4 @@ def test_a_model_without_its_vocabulary_is_refused(tmp_path):
 
 
 def test_importing_the_library_does_not_import_transformers():
-    assert run_python('import sys, video_diffusion.text; print("transformers" in sys.modules)') == 'False'
+    assert run_python('import sys, video_diffusion.networks.text; print("transformers" in sys.modules)') == 'False'

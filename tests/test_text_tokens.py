@@ -9,8 +9,8 @@ import torch
 from test_text import PROMPTS, save_bert, save_t5
 
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D
-from video_diffusion.shapes import make_shapes
-from video_diffusion.text import BertEncoder, CaptionCache, T5Encoder, WordEncoder, text_encoder_from_config
+from video_diffusion.data.shapes import make_shapes
+from video_diffusion.networks.text import BertEncoder, CaptionCache, T5Encoder, WordEncoder, text_encoder_from_config
 
 SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, resnet_groups=4, cond_dim=16)
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, lr_schedule, shapes
 from video_diffusion.distributed import Processes
-from video_diffusion.ema import EMA
-from video_diffusion.interrupt import StopRequest
-from video_diffusion.loop import amp_dtype
+from video_diffusion.training.ema import EMA
+from video_diffusion.training.interrupt import StopRequest
+from video_diffusion.training.loop import amp_dtype
 
 HERE = Path(__file__).parent
 CPU = Processes(device=torch.device('cpu'))

@@ -7,9 +7,15 @@ import pytest
 import torch
 from einops import rearrange, repeat
 
-from video_diffusion.attention import (CrossAttention, LinearAttention, SpatialAttention, SpatialLinearAttention,
-                                       SpatialSelfAttention, attend)
-from video_diffusion.transformer import FeedForward, SpatialTransformer, TransformerBlock
+from video_diffusion.networks.attention import (
+    CrossAttention,
+    LinearAttention,
+    SpatialAttention,
+    SpatialLinearAttention,
+    SpatialSelfAttention,
+    attend,
+)
+from video_diffusion.networks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
 
 def shaken(module):

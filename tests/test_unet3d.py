@@ -4,8 +4,8 @@ import pytest
 import torch
 from video_diffusion_pytorch import Unet3D as PeerUnet3D
 
-from video_diffusion.convert import unet_from_lucidrains, unet_to_lucidrains
-from video_diffusion.unet3d import Unet3D
+from video_diffusion.networks.unet3d import Unet3D
+from video_diffusion.weights.lucidrains import unet_from_lucidrains, unet_to_lucidrains
 
 SMALL = dict(dim=16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=16)
 

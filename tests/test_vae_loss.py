@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
-from video_diffusion.gaussian import DiagonalGaussian
-from video_diffusion.metrics import psnr, ssim
-from video_diffusion.vae_loss import (Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss,
-                                      generator_loss)
+from video_diffusion.vae.gaussian import DiagonalGaussian
+from video_diffusion.vae.metrics import psnr, ssim
+from video_diffusion.vae.vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 
 
 def clip(*shape, seed=0):

@@ -10,14 +10,14 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-
 from gloo_workers import Workers
 from test_trainer import assert_same_state
+
 from video_diffusion import gif_to_tensor, shapes
-from video_diffusion.causal_vae import CausalVAE
 from video_diffusion.distributed import Processes, data_and_frames_mesh
-from video_diffusion.vae_checkpoint import vae_from_checkpoint, vae_from_state
-from video_diffusion.vae_trainer import VAETrainer, start_from
+from video_diffusion.training.vae_trainer import VAETrainer, start_from
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.vae.vae_checkpoint import vae_from_checkpoint, vae_from_state
 
 
 @pytest.fixture(scope='session')

@@ -1,13 +1,38 @@
-"""video_diffusion: learn, train and sample video diffusion models."""
+"""video_diffusion: learn, train and sample video diffusion models.
 
-from .dataset import GifDataset
-from .diffusion import GaussianDiffusion
-from .gif import gif_to_tensor, video_tensor_to_gif
-from .text import BertEncoder, T5Encoder, WordEncoder
-from .trainer import Trainer
-from .unet3d import Unet3D
+Six folders, each of which stands on those below it; `from video_diffusion import ...` reaches all of them, so nobody needs to
+know which room a thing lives in. Converters of other projects' weights come from `video_diffusion.weights`.
+
+    weights/      read and write the weights of other projects
+    training/     the loop and its trainers, average, stopping and going on, several devices
+    diffusion/    noise, loss, samplers, guidance, known frames; the same in latents
+    vae/          autoencoders for video, whole or in pieces, on one device or many
+    networks/     what predicts: U-Net, attention, text     data/     what it learns from: clips, captions, a toy world
+    checkpoint, distributed                                           the ground
+"""
+
+from . import checkpoint, distributed
+from .data import shapes
+from .data.dataset import GifDataset
+from .data.gif import gif_to_tensor, video_tensor_to_gif
+from .diffusion import samplers
+from .diffusion.gaussian_diffusion import GaussianDiffusion
+from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
+from .networks.text import BertEncoder, T5Encoder, WordEncoder
+from .networks.transformer import SpatialTransformer
+from .networks.unet3d import Unet3D
+from .training import lr_schedule
+from .training.ema import EMA
+from .training.trainer import Trainer
+from .training.vae_trainer import VAETrainer
+from .vae.causal_vae import CausalVAE
+from .vae.temporal_vae import TemporalVAE
+from .vae.vae_checkpoint import vae_from_checkpoint
+from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'GaussianDiffusion', 'GifDataset', 'T5Encoder', 'Trainer', 'Unet3D', 'WordEncoder',
-    'gif_to_tensor', 'video_tensor_to_gif',
+    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss', 'SpatialTransformer',
+    'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
+    'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers', 'shapes',
+    'vae_from_checkpoint', 'video_tensor_to_gif',
 ]

@@ -51,7 +51,7 @@ def load_run(path: str | Path) -> dict:
     state = load(path)
     if not isinstance(state, dict) or not {'config', 'model', 'ema'} <= state.keys():
         raise ValueError(f'{path} was not written by this library. Weights of video-diffusion-pytorch can be read with '
-                         'video_diffusion.convert.unet_from_lucidrains')
+                         'video_diffusion.weights.unet_from_lucidrains')
     return state
 
 

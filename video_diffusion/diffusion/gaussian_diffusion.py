@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint, guidance, known_frames, samplers
+from .. import checkpoint
+from ..networks.text import BertEncoder, text_encoder_from_config
+from ..networks.unet3d import Unet3D
+from . import guidance, known_frames, samplers
 from .noise_schedule import OBJECTIVES, SCHEDULES, build_schedule, min_snr_weight, posterior, target, to_x0
-from .text import BertEncoder, text_encoder_from_config
-from .unet3d import Unet3D
 
 LOSSES = {'l1': F.l1_loss, 'l2': F.mse_loss}
 
@@ -353,7 +354,7 @@ class GaussianDiffusion(nn.Module):
     def from_state(cls, state: dict) -> 'GaussianDiffusion':
         """The trained model, with its averaged weights, from what a Trainer saved."""
         if 'latent' in state['config']:
-            raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.latent.diffusion_from_state')
+            raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.diffusion_from_state')
         diffusion = cls.from_config(state['config'])
         diffusion.load_state_dict({**state['model'], **state['ema']['average']})
         return diffusion

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from video_diffusion.causal_vae import CausalVAE
+from ..vae.causal_vae import CausalVAE
 
 # Applied in this order to our name of a parameter; the first line is true of both projects.
 SHARED = [
@@ -137,7 +137,7 @@ def load_renamed(vae: nn.Module, state: dict[str, Tensor], their_name, path: str
 
 def safetensors():
     try:
-        import safetensors.torch            # an extra: imported only where it is used
+        import safetensors.torch  # an extra: imported only where it is used
     except ImportError as error:
         raise ImportError('the files of diffusers need safetensors: pip install "video_diffusion[weights]"') from error
     return safetensors.torch

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
-from .guidance import guide
 from .text import masked_mean
 
 BERT_DIM = 768
@@ -301,7 +300,7 @@ class Unet3D(nn.Module):
         if cond_scale == 1 or not self.has_cond:
             return with_cond
         without = self(x, time, cond, null_cond_prob=1., **frames)
-        return guide(with_cond, without, cond_scale)
+        return torch.lerp(without, with_cond, cond_scale)
 
     def read_tokens(self, cond: Tensor, null_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Tokens (b n cond_dim) -> their mean (b cond_dim), and what pixels look at: (b 1+n time_dim) with mask (b 1+n)."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from . import checkpoint
+from .. import checkpoint
 from .causal_blocks import Downsample
 from .context_parallel import CausalConv3d, GroupNorm, Piece
 from .gaussian import DiagonalGaussian

@@ -31,12 +31,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from video_diffusion.attention import SpatialSelfAttention
-from video_diffusion.causal_blocks import conv_per_frame, doubled_conv, silu
-from video_diffusion.causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video
-from video_diffusion.context_parallel import empty_clip, steps
-from video_diffusion.gaussian import DiagonalGaussian
-from video_diffusion.tiling import in_chunks, in_tiles
+from ..networks.attention import SpatialSelfAttention
+from .causal_blocks import conv_per_frame, doubled_conv, silu
+from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video
+from .context_parallel import empty_clip, steps
+from .gaussian import DiagonalGaussian
+from .tiling import in_chunks, in_tiles
 
 
 class ImageBlock(nn.Module):

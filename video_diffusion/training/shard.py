@@ -23,15 +23,14 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .distributed import Processes
-from .unet3d import BLOCKS
+from ..distributed import Processes
+from ..networks.unet3d import BLOCKS
 
 
 def shard_weights(diffusion: nn.Module, processes: Processes) -> None:
     """Cut all that learns, the network and perhaps a text encoder, into a share for each process, on its device."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second, and few shard
     processes.begin_alike(diffusion)
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     for part in (diffusion.denoise_fn, diffusion.text_encoder):
@@ -46,16 +45,21 @@ def shard_weights(diffusion: nn.Module, processes: Processes) -> None:
         register_fsdp_forward_method(diffusion.text_encoder, 'tokens')  # weights are borrowed for this method, too
 
 
+def is_share(tensor) -> bool:
+    """Whether it is a DTensor, without importing what makes one."""
+    return hasattr(tensor, 'to_local')
+
+
 def own(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_share(tensor) else tensor
 
 
 def whole(state, keep: bool):
     """A state dict with its shards put together on the CPU. Every process must ask; where not `keep` nothing is kept."""
     if isinstance(state, dict):
         return {name: whole(value, keep) for name, value in state.items()}
-    if not isinstance(state, DTensor):
+    if not is_share(state):
         return state
     tensor = state.full_tensor()                                 # one at a time
     return tensor.cpu() if keep else None
@@ -65,8 +69,9 @@ def share(state, like):
     """The other way round: of a whole state dict the rows that we keep of whatever is sharded in `like`."""
     if isinstance(state, dict):
         return {name: share(value, like.get(name) if isinstance(like, dict) else like) for name, value in state.items()}
-    if not isinstance(like, DTensor) or state.shape != like.shape:
+    if not is_share(like) or state.shape != like.shape:
         return state
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(state, like.device_mesh, like.placements, src_data_rank=None)  # None: each from its own copy
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint
+from .. import checkpoint
 from .causal_vae import CausalVAE
 from .temporal_vae import TemporalVAE
 

@@ -30,8 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from video_diffusion.frame_shares import (AllGather, Shares, gather_frames, memory_format, return_to_owners,
-                                          split_frames, start_borrowing, sum_gradients)
+from .frame_shares import (
+    AllGather,
+    Shares,
+    gather_frames,
+    memory_format,
+    return_to_owners,
+    split_frames,
+    start_borrowing,
+    sum_gradients,
+)
 
 __all__ = ['CausalConv3d', 'GroupNorm', 'Piece', 'gather_frames', 'split_frames', 'sum_gradients']
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from video_diffusion.convert_vae import load_renamed, read_config, read_safetensors, renamed, write_pretrained
-from video_diffusion.temporal_vae import TemporalVAE
+from ..vae.temporal_vae import TemporalVAE
+from .cogvideox_vae import load_renamed, read_config, read_safetensors, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [

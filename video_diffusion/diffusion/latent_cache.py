@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from . import checkpoint
-from .dataset import GifDataset, seeded_generator
-from .distributed import Processes
-from .gaussian import DiagonalGaussian
+from .. import checkpoint
+from ..data.dataset import GifDataset, seeded_generator
+from ..distributed import Processes
+from ..vae.gaussian import DiagonalGaussian
 
 
 class Encoded(NamedTuple):
@@ -68,7 +68,7 @@ class LatentCache(Dataset):
             self.memory[index] = clip
         return clip
 
-    def clip_and_caption(self, index: int, generator: torch.Generator) -> tuple[Tensor, str | None]:
+    def clip_and_caption(self, index: int, _generator: torch.Generator) -> tuple[Tensor, str | None]:
         return self.clip(index), self.captions and self.captions[index]
 
     def floats(self, clips: Tensor) -> Encoded:

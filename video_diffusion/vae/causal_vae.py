@@ -33,12 +33,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from video_diffusion.causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
-from video_diffusion.context_parallel import CausalConv3d, Piece
-from video_diffusion.frame_shares import (agree_on_shapes, agree_on_shares, has_special_first_frame,
-                                          share_of_noise)
-from video_diffusion.gaussian import DiagonalGaussian
-from video_diffusion.tiling import in_tiles
+from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
+from .context_parallel import CausalConv3d, Piece
+from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
+from .gaussian import DiagonalGaussian
+from .tiling import in_tiles
 
 
 class Encoder(nn.Module):

@@ -40,7 +40,7 @@ def predict(
     ask = network.forward_with_cond_scale
     if known is not None:  # frames and their mask, for a network that takes them
         ask = partial(ask, known=known[0], known_mask=known[1])
-    if negative is None and rescale == 0:
+    if negative is None and (scale in (0, 1) or cond is None):
         return ask(x, t, cond=cond, cond_scale=scale)
     with_cond = ask(x, t, cond=cond, cond_scale=1.)
     without = ask(x, t, cond=cond, cond_scale=0.) if negative is None else ask(x, t, cond=negative, cond_scale=1.)

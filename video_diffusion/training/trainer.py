@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.dataset import CLIPS, IMAGES, GifDataset, seeded_generator
+from ..data.gif import video_tensor_to_gif
+from ..diffusion.gaussian_diffusion import GaussianDiffusion
+from ..diffusion.latent_cache import LatentCache
+from ..distributed import Processes, best_device
+from ..networks.text import CaptionCache
 from . import lr_schedule
-from .dataset import CLIPS, IMAGES, GifDataset, seeded_generator
-from .diffusion import GaussianDiffusion
-from .distributed import Processes, best_device
 from .ema import EMA
-from .gif import video_tensor_to_gif
-from .latent_cache import LatentCache
 from .loop import TrainingLoop
 from .shard import shard_weights
-from .text import CaptionCache
 
 
 class Trainer(TrainingLoop):

@@ -6,9 +6,9 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import shapes
-from .dataset import clip_shape, find_clips
-from .distributed import Processes
+from ..data import shapes
+from ..data.dataset import clip_shape, find_clips
+from ..distributed import Processes
 
 
 @contextmanager

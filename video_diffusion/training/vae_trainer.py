@@ -27,18 +27,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data.dataset import GifDataset, seeded_generator
+from ..data.gif import video_tensor_to_gif
+from ..distributed import Processes, best_device
+from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
+from ..vae.frame_shares import agree_on_shares, has_special_first_frame
+from ..vae.gaussian import DiagonalGaussian
+from ..vae.metrics import psnr, ssim
+from ..vae.vae_checkpoint import vae_config
+from ..vae.vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 from . import lr_schedule
-from .context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
-from .dataset import GifDataset, seeded_generator
-from .distributed import Processes, best_device
 from .ema import EMA
-from .frame_shares import agree_on_shares, has_special_first_frame
-from .gaussian import DiagonalGaussian
-from .gif import video_tensor_to_gif
 from .loop import TrainingLoop
-from .metrics import psnr, ssim
-from .vae_checkpoint import vae_config
-from .vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 
 
 class VAETrainer(TrainingLoop):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from video_diffusion.gif import check_channels, read_frames
+from .gif import check_channels, read_frames
 
 CLIPS, IMAGES = ('gif',), ('png', 'jpg', 'jpeg')
 

@@ -98,6 +98,7 @@ def dpmpp_2m(
 
     Deterministic. Twice the steps, equal in log-SNR, leave a quarter of the error; with DDIM half of it.
     """
+    del generator                                                   # nothing here is drawn
     before = None
     for t, here, after in levels(alpha_bar, steps, progress):
         x0 = denoise(x, t)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from video_diffusion.context_parallel import CausalConv3d, GroupNorm, Piece, empty_clip, steps
+from .context_parallel import CausalConv3d, GroupNorm, Piece, empty_clip, steps
 
 
 class Norm(GroupNorm):

@@ -188,7 +188,7 @@ def text_encoder_from_config(config: dict) -> nn.Module:
 def load_transformer(name_or_path: str, model_class: str) -> tuple:
     """Tokenizer and transformer, from a directory on disk or from the Hugging Face hub."""
     try:
-        import transformers                                     # an extra: imported only where it is used
+        import transformers  # an extra: imported only where it is used
     except ImportError as error:
         raise ImportError('this text encoder needs transformers: pip install "video_diffusion[text]"') from error
     try:

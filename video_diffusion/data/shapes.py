@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from video_diffusion.gif import video_tensor_to_gif
+from .gif import video_tensor_to_gif
 
 BACKGROUND = (0.08, 0.08, 0.10)
 COLOURS = {                              # near the corners of the RGB cube: no two are within 0.6

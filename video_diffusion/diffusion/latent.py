@@ -27,18 +27,20 @@ the network is told all frames, made four times smaller, large again, and encode
 clip, and what the network invents is what the small one leaves open.
 """
 
+from pathlib import Path
 from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checkpoint
+from ..vae.frame_shares import has_special_first_frame
+from ..vae.gaussian import DiagonalGaussian
+from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames
-from .diffusion import GaussianDiffusion
-from .frame_shares import has_special_first_frame
-from .gaussian import DiagonalGaussian
+from .gaussian_diffusion import GaussianDiffusion
 from .latent_cache import Encoded, fingerprint
-from .vae_checkpoint import vae_config, vae_from_config
 
 CLIPS_TO_MEASURE = 64
 
@@ -307,3 +309,8 @@ def diffusion_from_state(state: dict) -> GaussianDiffusion | LatentDiffusion:
     if 'vae' in state['config']:
         raise ValueError('the checkpoint holds a VAE, not a diffusion model')
     return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state)
+
+
+def diffusion_from_checkpoint(path: str | Path) -> GaussianDiffusion | LatentDiffusion:
+    """The same from a checkpoint file, or from the newest one of a results folder."""
+    return diffusion_from_state(checkpoint.load_run(path))

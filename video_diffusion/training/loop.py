@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, lr_schedule, shard
-from .dataset import GifDataset, batches
-from .distributed import Processes
+from .. import checkpoint
+from ..data.dataset import GifDataset, batches
+from ..distributed import Processes
+from . import lr_schedule, shard
 from .ema import EMA
 from .interrupt import StopRequest
 
