@@ -7,7 +7,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import nn
 
-from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, guidance
+from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder
+from video_diffusion.diffusion import guidance
 
 
 def tiny(**kwargs):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from video_diffusion import GaussianDiffusion, Unet3D, known_frames, samplers
+from video_diffusion import GaussianDiffusion, Unet3D, samplers
+from video_diffusion.diffusion import known_frames
 from video_diffusion.diffusion.noise_schedule import cosine_schedule
 
 FRAMES = 6
