@@ -174,8 +174,8 @@ def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | Latent
 
 
 def write(videos: Tensor, prompts: list[str] | None, folder: Path, overwrite: bool) -> None:
-    taken = [int(path.stem[:3]) for path in folder.glob('[0-9][0-9][0-9]*.gif')]
-    first = 0 if overwrite else max(taken, default=-1) + 1
+    taken = [re.fullmatch(r'(\d{3})(-.*)?', path.stem) for path in folder.glob('*.gif')]
+    first = 0 if overwrite else max((int(match[1]) + 1 for match in taken if match), default=0)
     for i, video in enumerate(videos):
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''
         video_tensor_to_gif(video, folder / f'{first + i:03d}{words}.gif')

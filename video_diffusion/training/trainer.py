@@ -121,6 +121,7 @@ class Trainer(TrainingLoop):
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        number('prob_focus_present', prob_focus_present, 0, 1)
         self.prob_focus_present = prob_focus_present
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
@@ -247,6 +248,8 @@ def sample_many(
     processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
+    whole('batch_size', batch_size, 1)
+    whole('count', count, 1)
     draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
     batches = math.ceil(count / batch_size)
     parts = {}  # number of a batch -> videos. Its number goes into its seed, so that who draws it does not matter.
