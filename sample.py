@@ -93,7 +93,7 @@ def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes
                  guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance, known_by=args.known_by,
                  first_frames=read_first_frames(args, diffusion), low_res=read_low_res(args, diffusion), num_frames=args.frames,
                  later_cond_scale=args.later_cond_scale)
-    sampling = {**state['sampling'], **{name: value for name, value in given.items() if value is not None}}
+    sampling = {**state.get('sampling', {}), **{name: value for name, value in given.items() if value is not None}}
     videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes,
                          **sampling)
     if processes.is_main:

@@ -342,27 +342,25 @@ class GaussianDiffusion(nn.Module):
         }
 
     @classmethod
-    def from_config(cls, config: dict) -> 'GaussianDiffusion':
+    def from_config(cls, config: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
         if config['unet'] is None:
             raise ValueError('the checkpoint holds a network of your own: build it yourself and load its weights')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
         return cls(Unet3D(**config['unet']), timesteps=own.pop('num_timesteps'), **own,
-                   text_encoder=text_encoder_from_config(encoder) if encoder else None)
+                   text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
 
     @classmethod
-    def from_state(cls, state: dict) -> 'GaussianDiffusion':
-        """The trained model, with its averaged weights, from what a Trainer saved."""
+    def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
         if 'latent' in state['config']:
             raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.diffusion_from_state')
-        diffusion = cls.from_config(state['config'])
-        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
-        return diffusion
+        return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> 'GaussianDiffusion':
+    def from_checkpoint(cls, path: str | Path, text_encoder: str | None = None) -> 'GaussianDiffusion':
         """The same from a checkpoint file, or from the newest one of a results folder."""
-        return cls.from_state(checkpoint.load_run(path))
+        return cls.from_state(checkpoint.load_run(path), text_encoder)
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings. Those that it is too old to know had their defaults."""

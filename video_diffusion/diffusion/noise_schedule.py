@@ -68,7 +68,8 @@ def zero_snr(alpha_bar: Tensor) -> Tensor:
 
 def build_schedule(name: str, timesteps: int, shift: float = 1., rescale: bool = False) -> Tensor:
     """A schedule by name, shifted, and then with `zero_snr` if asked to `rescale`, which is CogVideoX's order."""
-    alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
+    with torch.device('cpu'):                            # where a model is made of shapes alone, this is not
+        alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
     alpha_bar = zero_snr(alpha_bar) if rescale else alpha_bar
     if alpha_bar[-1] > 0.01:
         raise ValueError(f'schedule={name!r} with timesteps={timesteps} leaves {alpha_bar[-1].sqrt():.0%} of the signal at the '
