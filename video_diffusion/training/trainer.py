@@ -26,7 +26,7 @@ from ..distributed import Processes, best_device
 from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
-from .loop import TrainingLoop
+from .loop import TrainingLoop, adam
 from .shard import shard_weights
 
 
@@ -84,10 +84,9 @@ class Trainer(TrainingLoop):
         self.clips = dataset
         if latent_cache is not None:
             dataset = LatentCache(dataset, diffusion, latent_cache, processes)
-        weights = [p for p in diffusion.parameters() if p.requires_grad]
         super().__init__(
             diffusion, dataset,
-            optimizer=torch.optim.Adam(weights, lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
+            optimizer=adam(diffusion.parameters(), train_lr),
             ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
