@@ -101,7 +101,7 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     count = len(prompts) if prompts else args.count or 4
     if args.later_cond_scale is not None and args.frames is None:
         raise ValueError('--later-cond-scale is for videos that are drawn piece by piece: give --frames too')
-    settings = {**state['sampling'], **{name: given[name] for name in SETTINGS & given.keys()}}
+    settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
     more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion), low_res=read_low_res(args, diffusion),
                 num_frames=args.frames, later_cond_scale=args.later_cond_scale)
     videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes, **settings,

@@ -254,9 +254,7 @@ def test_latents_are_not_sampled_through_a_division_by_almost_nothing():
         has_cond = cond_frames = False
 
         def forward_with_cond_scale(self, x, t, cond=None, cond_scale=1.):
-            alpha, sigma = diffusion.alpha_sigma(t)                       # of latents N(0, 1): E[v | x] = 0
-            torch.manual_seed(int(t[0]))
-            return 0.02 * torch.randn_like(x)
+            return 0.02 * torch.randn(x.shape, generator=errors)              # of latents N(0, 1): E[v | x] = 0
     errors = torch.Generator().manual_seed(1)
     diffusion = GaussianDiffusion(Ideal(), image_size=16, num_frames=4, objective='v', latents=True)
     for sampler, steps in (('ddim', 10), ('dpm++2m', 20)):

@@ -9,6 +9,10 @@
 import math
 from typing import Iterable
 
+from einops import EinopsError
+from einops_exts import check_shape
+from torch import Tensor
+
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
@@ -35,3 +39,11 @@ def bounds(low: float, high: float, above: float | None) -> str:
     if math.isfinite(low) and math.isfinite(high):
         return f'from {low} to {high}'
     return f'{low} or more' if math.isfinite(low) else 'that is finite'
+
+
+def video_shape(video: Tensor, channels: int, num_frames: int, height: int, width: int) -> None:
+    try:
+        check_shape(video, 'b c f h w', c=channels, f=num_frames, h=height, w=width)
+    except EinopsError:
+        raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {channels}, {num_frames}, {height}, {width}), '
+                         'that is (batch, channels, num_frames, height, width)') from None

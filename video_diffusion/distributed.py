@@ -52,10 +52,10 @@ class Processes:
         return bool(answer.item())
 
     def mean(self, values: Tensor) -> Tensor:
-        """The average over the processes, on the CPU."""
-        values = values.cpu().clone(memory_format=torch.contiguous_format)  # gloo writes over it, stride by stride
+        """The average over the processes, on the device of `values`, so that nobody has to wait for a GPU."""
         if self.world_size > 1:
-            dist.all_reduce(values, group=self.cpu_group)
+            values = values.clone(memory_format=torch.contiguous_format)  # it is written over, stride by stride
+            dist.all_reduce(values, group=self.cpu_group if values.device.type == 'cpu' else None)
             values /= self.world_size
         return values
 

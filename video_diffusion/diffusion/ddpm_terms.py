@@ -79,7 +79,5 @@ class DDPMTerms:
         self, shape: Sequence[int], cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1.,
     ) -> Tensor:
         """`sample` with all its steps; videos in [0, 1]."""
-        expected = (self.channels, self.num_frames, self.height, self.width)
-        if tuple(shape[1:]) != expected:
-            raise ValueError(f'shape={tuple(shape)}: expected (batch, {", ".join(map(str, expected))})')
+        self.check(torch.empty(tuple(shape), device='meta'))
         return self.sample(cond, cond_scale, shape[0])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import number, one_of, whole
+from ..checks import number, one_of, video_shape, whole
 from ..networks.text import BertEncoder, text_encoder_from_config
 from ..networks.unet3d import Unet3D
 from . import guidance, known_frames, samplers
@@ -282,27 +282,25 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         }
 
     @classmethod
-    def from_config(cls, config: dict) -> 'GaussianDiffusion':
+    def from_config(cls, config: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
         if config['unet'] is None:
             raise ValueError('the checkpoint holds a network of your own: build it yourself and load its weights')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
         return cls(Unet3D(**config['unet']), timesteps=own.pop('num_timesteps'), **own,
-                   text_encoder=text_encoder_from_config(encoder) if encoder else None)
+                   text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
 
     @classmethod
-    def from_state(cls, state: dict) -> 'GaussianDiffusion':
-        """The trained model, with its averaged weights, from what a Trainer saved."""
+    def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
         if 'latent' in state['config']:
             raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.diffusion_from_state')
-        diffusion = cls.from_config(state['config'])
-        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
-        return diffusion
+        return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> 'GaussianDiffusion':
+    def from_checkpoint(cls, path: str | Path, text_encoder: str | None = None) -> 'GaussianDiffusion':
         """The same from a checkpoint file, or from the newest one of a results folder."""
-        return cls.from_state(checkpoint.load_run(path))
+        return cls.from_state(checkpoint.load_run(path), text_encoder)
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings. Those that it is too old to know had their defaults."""
@@ -348,10 +346,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         return values.view(-1, 1, 1, 1, 1)
 
     def check(self, video: Tensor) -> None:
-        expected = (self.channels, self.num_frames, self.height, self.width)
-        if video.ndim != 5 or video.shape[1:] != expected:
-            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
-                             'that is (batch, channels, num_frames, height, width)')
+        video_shape(video, self.channels, self.num_frames, self.height, self.width)
 
 
 def check_parts(network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float) -> None:

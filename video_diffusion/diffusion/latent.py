@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..checks import video_shape
 from ..vae.frame_shares import has_special_first_frame
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
@@ -146,7 +147,11 @@ class LatentDiffusion(nn.Module):
             posterior = clip.posterior if isinstance(clip, Encoded) else self.posterior(clip)
             first += posterior.mean.double().mean() / count                              # E z and E z^2
             second += (posterior.mean.double() ** 2 + posterior.var).mean() / count
-        self.scale.copy_((second - first ** 2) ** -0.5)
+        scale = (second - first ** 2) ** -0.5
+        if not scale.isfinite():
+            raise ValueError(f'the VAE makes latents of {count} clips whose standard deviation is {1 / scale.item()}: its weights '
+                             'are NaN, or it was never trained; give another')
+        self.scale.copy_(scale)
 
     def check_scale(self) -> None:
         self.has_scale = self.has_scale or not self.scale.isnan().item()
@@ -272,10 +277,7 @@ class LatentDiffusion(nn.Module):
         return known, torch.arange(self.diffusion.num_frames) < z.shape[2]
 
     def check(self, video: Tensor) -> None:
-        expected = (self.channels, self.num_frames, self.height, self.width)
-        if video.ndim != 5 or video.shape[1:] != expected:
-            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
-                             'that is (batch, channels, num_frames, height, width)')
+        video_shape(video, self.channels, self.num_frames, self.height, self.width)
 
     def check_low_res(self, low_res: Tensor | None, alone: bool) -> None:
         if not self.low_res:
@@ -300,9 +302,9 @@ class LatentDiffusion(nn.Module):
             mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames', 'low_res'))
 
     @classmethod
-    def from_config(cls, config: dict) -> 'LatentDiffusion':
+    def from_config(cls, config: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
         latent = config['latent']
-        return cls(GaussianDiffusion.from_config(config), vae_from_config(latent['vae']),
+        return cls(GaussianDiffusion.from_config(config, text_encoder), vae_from_config(latent['vae']),
                    **{name: latent.get(name) for name in ('num_frames', 'max_batch', 'chunk', 'low_res')})
 
     @classmethod
@@ -311,11 +313,9 @@ class LatentDiffusion(nn.Module):
         return cls.from_state(checkpoint.load_run(path))
 
     @classmethod
-    def from_state(cls, state: dict) -> 'LatentDiffusion':
-        """The trained model, with its averaged weights, from what a Trainer saved."""
-        diffusion = cls.from_config(state['config'])
-        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
-        return diffusion
+    def from_state(cls, state: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
+        return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
 
 def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -325,13 +325,13 @@ def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -
     return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
 
 
-def diffusion_from_state(state: dict) -> GaussianDiffusion | LatentDiffusion:
+def diffusion_from_state(state: dict, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """Whatever diffusion model a Trainer saved, with its averaged weights."""
     if 'vae' in state['config']:
         raise ValueError('the checkpoint holds a VAE, not a diffusion model')
-    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state)
+    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state, text_encoder)
 
 
-def diffusion_from_checkpoint(path: str | Path) -> GaussianDiffusion | LatentDiffusion:
+def diffusion_from_checkpoint(path: str | Path, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """The same from a checkpoint file, or from the newest one of a results folder."""
-    return diffusion_from_state(checkpoint.load_run(path))
+    return diffusion_from_state(checkpoint.load_run(path), text_encoder)

@@ -65,7 +65,8 @@ def build_schedule(name: str, timesteps: int, shift: float = 1., rescale: bool =
     """A schedule by name, shifted, and then with `zero_snr` if asked to `rescale`, which is CogVideoX's order."""
     one_of('schedule', name, SCHEDULES)
     whole('timesteps', timesteps, 2 if rescale else 1)        # with zero-SNR the first step is not the last
-    alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
+    with torch.device('cpu'):                                 # where a model is made of shapes alone, this is not
+        alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
     alpha_bar = zero_snr(alpha_bar) if rescale else alpha_bar
     if alpha_bar[-1] > 0.01:
         raise ValueError(f'schedule={name!r} with timesteps={timesteps} leaves {alpha_bar[-1].sqrt():.0%} of the signal at the '

@@ -173,7 +173,8 @@ class Unet3D(nn.Module):
         self.null_cond = nn.Parameter(torch.randn(1, self.cond_dim)) if self.has_cond else None
 
         resnet = dict(groups=resnet_groups, emb_dim=time_dim + (self.cond_dim or 0))
-        rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
+        with torch.device('cpu'):                # it computes buffers that no checkpoint holds
+            rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
 
         def temporal(width):
             return TemporalAttention(width, attn_heads, attn_dim_head, rotary)

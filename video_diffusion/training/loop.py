@@ -17,8 +17,9 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .. import checkpoint
 from ..checks import number, whole
-from ..data.dataset import GifDataset, batches
+from ..data.dataset import GifDataset, batches, seeded_generator
 from ..distributed import Processes
 from . import lr_schedule, shard
 from .ema import EMA
@@ -159,7 +160,9 @@ class TrainingLoop(ABC):
         optimizers = self.optimizers()
         total = torch.zeros(len(self.columns), device=self.device)
         for i in range(self.accumulate):
-            total += self.learn(next(data), self.step * self.accumulate + i, is_last=i == self.accumulate - 1)
+            number, batch = self.step * self.accumulate + i, next(data)
+            with self.own_randomness(number):
+                total += self.learn(batch, number, is_last=i == self.accumulate - 1)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate
@@ -174,6 +177,13 @@ class TrainingLoop(ABC):
             self.ema.update() if self.step >= self.step_start_ema else self.ema.copy()
         self.step += 1
         self.pending.append((self.step, total / self.accumulate, learning_rate))
+
+    @contextmanager
+    def own_randomness(self, number: int):
+        """Within, what a module draws unasked (dropout) is a function of the seed and the batch, too."""
+        with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+            torch.manual_seed(seeded_generator(self.seed, 'modules', number, self.processes.rank).initial_seed())
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Its share of the step's gradients."""
@@ -263,16 +273,26 @@ class TrainingLoop(ABC):
         }
 
     def load_state_dict(self, state: dict, strict: bool = True) -> None:
-        if not self.has_config(state['config']):
+        with checkpoint.blaming('the checkpoint'):
+            fits = self.has_config(state['config'])
+        if not fits:
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.config()}')
         missing = [name for name in self.parts if name not in state]
         if missing:
             raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
-        for name, part in self.parts.items():
-            shard.load(part, state[name], **({} if strict or name != 'model' else {'strict': False}))
-        self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']
-        self.counted_from = tuple(state.get('counted_from', (0, 0)))
+        with checkpoint.blaming('the checkpoint'):
+            for name, part in self.parts.items():
+                if part is not self.scaler or state[name]:     # a run without fp16 had no scale: begin with the usual one
+                    shard.load(part, state[name], **({} if strict or name != 'model' else {'strict': False}))
+            self.step, self.seed, self.seconds = int(state['step']), int(state['seed']), float(state['seconds'])
+            self.counted_from = tuple(state.get('counted_from', (0, 0)))
+
+
+def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Adam for those weights that learn, all of them in one kernel where the device has one."""
+    weights = [weight for weight in weights if weight.requires_grad]
+    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights))
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:

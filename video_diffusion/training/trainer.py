@@ -31,7 +31,7 @@ from ..distributed import Processes, best_device
 from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
-from .loop import TrainingLoop
+from .loop import TrainingLoop, adam
 from .memory import keep_freed_memory
 from .shard import shard_weights
 
@@ -78,7 +78,8 @@ class Trainer(TrainingLoop):
                                 exts=CLIPS + IMAGES if images else CLIPS)
         super().__init__(
             diffusion, self.clips if latent_cache is None else LatentCache(self.clips, diffusion, latent_cache, processes),
-            optimizer=adam(diffusion, train_lr), ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
+            optimizer=adam(diffusion.parameters(), train_lr), ema=EMA(diffusion, ema_decay, warmup=ema_warmup),
+            batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
             save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
@@ -236,11 +237,6 @@ def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> No
         processes.begin_alike(diffusion)
     if processes.device.type == 'cpu':
         keep_freed_memory()
-
-
-def adam(model: torch.nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    weights = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=weights[0].device.type in ('cpu', 'cuda'))
 
 
 def sample_many(
