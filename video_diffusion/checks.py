@@ -45,5 +45,6 @@ def video_shape(video: Tensor, channels: int, num_frames: int, height: int, widt
     try:
         check_shape(video, 'b c f h w', c=channels, f=num_frames, h=height, w=width)
     except EinopsError:
-        raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {channels}, {num_frames}, {height}, {width}), '
-                         'that is (batch, channels, num_frames, height, width)') from None
+        expected = f'(batch, {channels}, {num_frames}, {height}, {width})'
+        raise ValueError(f'the video has shape {tuple(video.shape)}: expected {expected}, that is '
+                         '(batch, channels, num_frames, height, width)') from None

@@ -40,6 +40,14 @@ class DDPMTerms:
     posterior_variance = table(lambda here, before: posterior(here, before)[2])
     posterior_log_variance_clipped = table(lambda here, before: posterior(here, before)[2].clamp(min=1e-20).log())
 
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])
+
+    @staticmethod
+    def per_sample(values: Tensor) -> Tensor:
+        """(b) -> (b 1 1 1 1), to multiply videos with."""
+        return values.view(-1, 1, 1, 1, 1)
+
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_start with the noise of step t."""
         noise = torch.randn_like(x_start) if noise is None else noise

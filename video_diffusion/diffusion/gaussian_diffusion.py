@@ -337,14 +337,6 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         """[-1, 1] -> [0, 1]"""
         return x if self.latents else ((x + 1) / 2).clamp(0, 1)
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])
-
-    @staticmethod
-    def per_sample(values: Tensor) -> Tensor:
-        """(b) -> (b 1 1 1 1), to multiply videos with."""
-        return values.view(-1, 1, 1, 1, 1)
-
     def check(self, video: Tensor) -> None:
         video_shape(video, self.channels, self.num_frames, self.height, self.width)
 
