@@ -248,6 +248,8 @@ class TrainingLoop:
         missing = [name for name in self.parts if name not in state]
         if missing:
             raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
+        if len(state['optimizer']['param_groups']) != len(self.optimizer.param_groups):
+            raise ValueError('the checkpoint was trained by another optimizer (Adam, or Muon, which has muon_lr): choose that one')
         for name, part in self.parts.items():
             shard.load(part, state[name])
         self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']

@@ -27,6 +27,7 @@ from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
 from .loop import TrainingLoop
+from .muon import Muon, split
 from .shard import shard_weights
 
 
@@ -63,6 +64,7 @@ class Trainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
+        muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
@@ -87,7 +89,8 @@ class Trainer(TrainingLoop):
         weights = [p for p in diffusion.parameters() if p.requires_grad]
         super().__init__(
             diffusion, dataset,
-            optimizer=torch.optim.Adam(weights, lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
+            optimizer=(Muon(*split(diffusion), lr=train_lr, muon_lr=muon_lr) if muon_lr is not None else
+                       torch.optim.Adam(weights, lr=train_lr, fused=processes.device.type in ('cpu', 'cuda'))),
             ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
