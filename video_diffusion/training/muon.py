@@ -62,19 +62,22 @@ class Muon(torch.optim.Optimizer):
     ):
         if not muon_lr > 0:
             raise ValueError(f'muon_lr={muon_lr}: give a number above 0, 0.01 is usual')
-        super().__init__([dict(params=others), dict(params=matrices, ratio=muon_lr / lr, momentum=momentum)], dict(lr=lr))
+        super().__init__([dict(params=others, eps=1e-8), dict(params=matrices, ratio=muon_lr / lr, momentum=momentum)],
+                         dict(lr=lr))
 
     @torch.no_grad()
     def step(self) -> None:
         others, matrices = self.param_groups
-        self.step_others([w for w in others['params'] if w.grad is not None], others['lr'])
+        self.step_others([w for w in others['params'] if w.grad is not None], others['lr'], others['eps'])
         self.step_matrices([w for w in matrices['params'] if w.grad is not None], matrices['lr'] * matrices['ratio'],
                            matrices['momentum'])
 
     def step_matrices(self, weights: list[Tensor], lr: float, momentum: float) -> None:
         batches = {}                                                # matrices of one shape are one batch
         for weight in weights:
-            average = self.state[weight].setdefault('momentum', torch.zeros_like(weight))
+            if not self.state[weight]:
+                self.state[weight] = dict(momentum=torch.zeros_like(weight))
+            average = self.state[weight]['momentum']
             average.lerp_(weight.grad, 1 - momentum)
             update = weight.grad.lerp(average, momentum)            # Nesterov: where the momentum will be one step on
             update = update.full_tensor() if is_share(update) else update     # some rows of a matrix have other directions
@@ -84,11 +87,11 @@ class Muon(torch.optim.Optimizer):
             for (weight, _), update in zip(batch, updates):
                 weight.sub_(share(update.view(weight.shape), weight), alpha=lr * max(1, rows / columns) ** 0.5)
 
-    def step_others(self, weights: list[Tensor], lr: float) -> None:
+    def step_others(self, weights: list[Tensor], lr: float, eps: float) -> None:
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(weight),
                                           exp_avg_sq=torch.zeros_like(weight))
         first, second, steps = ([self.state[w][name] for w in weights] for name in ('exp_avg', 'exp_avg_sq', 'step'))
         adam(weights, [w.grad for w in weights], first, second, [], steps, foreach=True, amsgrad=False, beta1=0.9, beta2=0.999,
-             lr=lr, weight_decay=0., eps=1e-8, maximize=False)
+             lr=lr, weight_decay=0., eps=eps, maximize=False)
