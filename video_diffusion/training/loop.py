@@ -281,6 +281,8 @@ class TrainingLoop(ABC):
         missing = [name for name in self.parts if name not in state]
         if missing:
             raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
+        if len(state['optimizer']['param_groups']) != len(self.optimizer.param_groups):
+            raise ValueError('the checkpoint was trained by another optimizer (Adam, or Muon, which has muon_lr): choose that one')
         with checkpoint.blaming('the checkpoint'):
             for name, part in self.parts.items():
                 if part is not self.scaler or state[name]:     # a run without fp16 had no scale: begin with the usual one

@@ -33,6 +33,7 @@ from . import lr_schedule
 from .ema import EMA
 from .loop import TrainingLoop, adam
 from .memory import keep_freed_memory
+from .muon import Muon, split
 from .shard import shard_weights
 
 
@@ -61,6 +62,7 @@ class Trainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
+        muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
         seed: int = 0,
@@ -78,8 +80,9 @@ class Trainer(TrainingLoop):
                                 exts=CLIPS + IMAGES if images else CLIPS)
         super().__init__(
             diffusion, self.clips if latent_cache is None else LatentCache(self.clips, diffusion, latent_cache, processes),
-            optimizer=adam(diffusion.parameters(), train_lr), ema=EMA(diffusion, ema_decay, warmup=ema_warmup),
-            batch_size=train_batch_size,
+            optimizer=(adam(diffusion.parameters(), train_lr) if muon_lr is None else
+                       Muon(*split(diffusion), lr=train_lr, muon_lr=muon_lr)),
+            ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
             save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
