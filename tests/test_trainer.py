@@ -77,7 +77,7 @@ def test_a_run_leaves_checkpoints_samples_and_a_log(clips, tmp_path):
     logs = []
     trainer.train(log_fn=logs.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['1.gif', '2.gif', 'log.csv', 'model-1.pt', 'model-2.pt', 'prompts.txt']
-    assert gif_to_tensor(tmp_path / '2.gif').shape == (3, 2, 40, 40)  # 2 x 2 clips of 16 pixels, 2 around each
+    assert gif_to_tensor(tmp_path / '2.gif').shape == (3, 2, 200, 200)  # 2 x 2 clips of 16 pixels, 6 times as large, 2 around each
     assert len((tmp_path / 'prompts.txt').read_text().splitlines()) == 4
     log = read_log(tmp_path)
     assert [int(step) for step, _, _ in log] == [1, 2, 3, 4, 5, 6]
