@@ -155,7 +155,8 @@ class VAETrainer(TrainingLoop):
             for optimizer in self.optimizers():
                 sum_gradients(optimizer.param_groups[0]['params'], dist.group.WORLD)
         if self.scaler.is_enabled():                         # its scale may be too large for a step, which is then left out
-            loss, weight = (value.nan_to_num() for value in (loss, weight))
+            weight = weight.nan_to_num()
+        loss = nll + self.kl_weight * kl + weight * adversarial
         return torch.stack([loss, error, kl, adversarial, weight, critic]).detach()
 
     @property
