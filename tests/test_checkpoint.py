@@ -14,7 +14,16 @@ import zipfile
 import pytest
 import torch
 
-from video_diffusion import CausalVAE, GaussianDiffusion, LatentDiffusion, TemporalVAE, Unet3D, WordEncoder, checkpoint, vae_from_checkpoint
+from video_diffusion import (
+    CausalVAE,
+    GaussianDiffusion,
+    LatentDiffusion,
+    TemporalVAE,
+    Unet3D,
+    WordEncoder,
+    checkpoint,
+    vae_from_checkpoint,
+)
 from video_diffusion.diffusion.latent import diffusion_from_checkpoint, diffusion_from_state, latent_shape
 from video_diffusion.vae.vae_checkpoint import vae_config, vae_from_state
 from video_diffusion.weights import (

@@ -182,7 +182,7 @@ def sum_in_one_message(rank):
         weight.grad = torch.randint(-8, 8, weight.shape).to(weight.dtype)       # whole numbers: their sums are exact
     if rank:
         weights[3].grad = weights[3].grad.contiguous(memory_format=torch.channels_last_3d)
-    alone = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in weights]
+    alone = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone(memory_format=torch.contiguous_format) for weight in weights]
     for grad in alone:
         dist.all_reduce(grad)
     sent, all_reduce = [], dist.all_reduce
