@@ -224,7 +224,7 @@ def test_fine_tuning_starts_from_given_weights_but_those_ignored():
 
 
 def test_what_cannot_work_is_refused(clips, tmp_path):
-    with pytest.raises(ValueError, match='image_steps=-1: give 0 or more'):
+    with pytest.raises(ValueError, match='image_steps=-1: give a whole number, 0 or more'):
         make_trainer(clips, tmp_path, image_steps=-1)
     with pytest.raises(ValueError, match='6 frames: time is compressed by 4'):
         make_trainer(clips, tmp_path, small_vae(dim_mults=(1, 1, 1), time_compression=4), num_frames=6, image_steps=2)
