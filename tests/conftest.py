@@ -3,7 +3,7 @@ at random is drawn a few times, a few seconds long; with `pytest --slow` it is d
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -13,9 +13,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    calm = dict(deadline=None, suppress_health_check=list(HealthCheck))
+    calm = dict(deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])   # shrinking takes minutes
     settings.register_profile('quick', max_examples=6, derandomize=True, **calm)
-    settings.register_profile('slow', max_examples=300, **calm)
+    settings.register_profile('slow', max_examples=60, **calm)
+    settings.load_profile('slow' if config.getoption('--slow') else 'quick')
 
 
 @pytest.fixture(scope='session')

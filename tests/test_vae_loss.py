@@ -193,7 +193,7 @@ def test_a_perceptual_loss_without_weights_says_where_they_are(tmp_path):
     torch.save({'features.0.weight': torch.zeros(1)}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='other.pth .*VGG16.* does not fit.*missing'):
         PerceptualLoss(tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match="'l1' or 'l2'"):
+    with pytest.raises(ValueError, match="loss='huber': give one of 'l1', 'l2'"):
         VAELoss('huber')
     for weight in (-1., math.nan, math.inf):
         with pytest.raises(ValueError, match='perceptual_weight='):

@@ -19,7 +19,6 @@ In `results_folder`: `model-<milestone>.pt`, `<milestone>.gif` with held-out cli
 and their difference (times 4, on grey), and `log.csv` with PSNR and SSIM on the held-out clips.
 """
 
-import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Sequence
@@ -28,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import checks
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.gif import video_tensor_to_gif
 from ..data.show import enlarged
@@ -156,7 +156,8 @@ class VAETrainer(TrainingLoop):
             for optimizer in self.optimizers():
                 sum_gradients(optimizer.param_groups[0]['params'], dist.group.WORLD)
         if self.scaler.is_enabled():                         # its scale may be too large for a step, which is then left out
-            loss, weight = (value.nan_to_num() for value in (loss, weight))
+            weight = weight.nan_to_num()
+        loss = nll + self.kl_weight * kl + weight * adversarial
         return torch.stack([loss, error, kl, adversarial, weight, critic]).detach()
 
     @property
@@ -266,12 +267,12 @@ class VAETrainer(TrainingLoop):
 
 def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: float, image_share: float, image_steps: int,
                         held_out: int, train_num_steps: int) -> None:
-    for name, value, least in (('kl_weight', kl_weight, 0), ('disc_weight', disc_weight, 0), ('disc_start', disc_start or 0, 0),
-                               ('image_steps', image_steps, 0), ('held_out', held_out, 1)):
-        if not least <= value < math.inf:
-            raise ValueError(f'{name}={value}: give {least} or more')
-    if not 0 <= image_share <= 1:
-        raise ValueError(f'image_share={image_share}: give a number from 0 to 1')
+    checks.number('kl_weight', kl_weight, 0)
+    checks.number('disc_weight', disc_weight, 0)
+    checks.whole('disc_start', disc_start, 0)
+    checks.number('image_share', image_share, 0, 1)
+    checks.whole('image_steps', image_steps, 0)
+    checks.whole('held_out', held_out, 1)
     if image_steps >= train_num_steps > 0:
         raise ValueError(f'image_steps={image_steps} of {train_num_steps} steps: clips would never be seen; give fewer, or '
                          'image_share=1 to train on images alone')

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from .context_parallel import CausalConv3d, Piece
 from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
@@ -106,10 +107,8 @@ class CausalVAE(nn.Module):
         if time_compression not in (1, 2, 4, 8) or time_compression > 2 ** (len(dims) - 1):
             raise ValueError(f'time_compression={time_compression}: give 1, 2, 4 or 8, at most 2 per step between levels; '
                              f'{len(dims)} levels allow {min(8, 2 ** (len(dims) - 1))}')
-        if norm_scope not in ('clip', 'frame'):
-            raise ValueError(f"norm_scope={norm_scope!r}: give 'clip' or 'frame'")
-        if not 0 <= dropout < 1:
-            raise ValueError(f'dropout={dropout}: give a number from 0 to below 1')
+        checks.one_of('norm_scope', norm_scope, ('clip', 'frame'))
+        checks.number('dropout', dropout, 0, 0.99)
         time_levels = int(math.log2(time_compression))
         self.time_compression, self.space_compression = time_compression, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
@@ -300,9 +299,7 @@ def refuse_bad_pieces(vae: nn.Module, chunk: int | None, tile: int | None, unit:
 def widths(config: dict) -> list[int]:
     """The channels of each level of a VAE with these settings, if there can be one."""
     for name in ('in_channels', 'out_channels', 'latent_channels', 'dim', 'blocks_per_level', 'norm_groups'):
-        most = 100 if name == 'blocks_per_level' else math.inf
-        if not isinstance(config[name], int) or not 1 <= config[name] <= most:
-            raise ValueError(f'{name}={config[name]!r}: give a whole number, 1 or more' + (f', up to {most}' * (most < math.inf)))
+        checks.whole(name, config[name], 1, 100 if name == 'blocks_per_level' else math.inf)
     if not 1 <= len(config['dim_mults']) <= 10:
         raise ValueError(f'dim_mults has {len(config["dim_mults"])} entries: give one for each level, of which there are 1 to 10')
     dims = [round(config['dim'] * mult) for mult in config['dim_mults']]

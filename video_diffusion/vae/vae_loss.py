@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, checks
 from .causal_blocks import Downsample
 from .context_parallel import CausalConv3d, GroupNorm, Piece
 from .gaussian import DiagonalGaussian
@@ -81,10 +81,8 @@ class VAELoss(nn.Module):
         perceptual_weight: float = 1.,
     ):
         super().__init__()
-        if kind not in ('l1', 'l2'):
-            raise ValueError(f"loss {kind!r}: give 'l1' or 'l2'")
-        if not 0 <= perceptual_weight < math.inf:
-            raise ValueError(f'perceptual_weight={perceptual_weight}: give 0 or more')
+        checks.one_of('loss', kind, ('l1', 'l2'))
+        checks.number('perceptual_weight', perceptual_weight, 0)
         self.kind, self.perceptual, self.perceptual_weight = kind, perceptual, perceptual_weight
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learn_logvar)
 

@@ -149,8 +149,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     if index:                                            # sharded: the index says which files belong together
         with checkpoint.blaming(index[0]):
             names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
-            if outside := [name for name in names if Path(name).name != name]:
-                raise ValueError(f'it names {outside[0]!r:.100}, but the files must lie beside it')
+            if odd := [name for name in names if Path(name).name != name or not name.endswith('.safetensors')]:
+                raise ValueError(f'it names {odd[0]!r:.100}: expected .safetensors files, which must lie beside it')
         files = [path / name for name in names]
     if len(files) == 0 or (len(files) > 1 and not index):
         raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
