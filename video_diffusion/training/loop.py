@@ -64,7 +64,6 @@ class TrainingLoop(ABC):
                                 update_ema_every=update_ema_every, save_and_sample_every=save_and_sample_every,
                                 train_num_steps=num_steps).items():
             whole(name, value, 1)
-        number('train_lr', lr, 0)
         number('max_grad_norm', max_grad_norm, above=0)
         whole('seed', seed, 0, 2 ** 63 - 1)
         self.processes, self.device = processes, processes.device
@@ -293,6 +292,7 @@ class TrainingLoop(ABC):
 
 def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
     """Adam for those weights that learn, all of them in one kernel where the device has one."""
+    number('train_lr', lr, 0)
     weights = [weight for weight in weights if weight.requires_grad]
     return torch.optim.Adam(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights))
 

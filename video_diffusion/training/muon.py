@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from ..checks import number
 from .shard import is_share, share
 
 MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)   # layers whose weight is one
@@ -60,8 +61,8 @@ class Muon(torch.optim.Optimizer):
         muon_lr: float,                      # of the matrices
         momentum: float = 0.95,
     ):
-        if not muon_lr > 0:
-            raise ValueError(f'muon_lr={muon_lr}: give a number above 0, 0.01 is usual')
+        number('train_lr', lr, above=0)
+        number('muon_lr', muon_lr, above=0)
         super().__init__([dict(params=others, eps=1e-8), dict(params=matrices, ratio=muon_lr / lr, momentum=momentum)],
                          dict(lr=lr))
 
