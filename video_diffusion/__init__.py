@@ -18,6 +18,7 @@ from .data.gif import gif_to_tensor, video_tensor_to_gif
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
+from .networks.lora import add_lora, load_lora, merge_lora, remove_lora, scale_lora, unmerge_lora
 from .networks.text import BertEncoder, T5Encoder, WordEncoder
 from .networks.transformer import SpatialTransformer
 from .networks.unet3d import Unet3D
@@ -33,6 +34,7 @@ from .vae.vae_loss import PerceptualLoss
 __all__ = [
     'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss', 'SpatialTransformer',
     'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
-    'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers', 'shapes',
-    'vae_from_checkpoint', 'video_tensor_to_gif',
+    'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'load_lora',
+    'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'unmerge_lora', 'vae_from_checkpoint',
+    'video_tensor_to_gif',
 ]

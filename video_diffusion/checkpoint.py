@@ -7,14 +7,16 @@ nothing, so under the target's name there is always one whole checkpoint, the ol
 pickle can hold instructions to execute, and would.
 """
 
+import hashlib
 import inspect
 import os
 import pickle
 import re
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 
 def save(state: dict, path: str | Path) -> None:
@@ -59,6 +61,15 @@ def same_settings(mine: dict | None, stored: dict | None, constructor: Callable)
     """Whether two sets of arguments build the same thing. Those that a checkpoint is too old to know had their defaults."""
     defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
     return (mine and {**defaults, **mine}) == (stored and {**defaults, **stored})
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: object = ()) -> str:
+    """Changes when any of these weights does, or its name, or the settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, weight in weights:
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def milestones(folder: str | Path) -> dict[int, Path]:

@@ -345,6 +345,9 @@ class GaussianDiffusion(nn.Module):
     def from_config(cls, config: dict) -> 'GaussianDiffusion':
         if config['unet'] is None:
             raise ValueError('the checkpoint holds a network of your own: build it yourself and load its weights')
+        if 'lora' in config:
+            raise ValueError('the checkpoint holds adapters and not the model that they were trained beside: build that, and give '
+                             'them to it with load_lora')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
         return cls(Unet3D(**config['unet']), timesteps=own.pop('num_timesteps'), **own,

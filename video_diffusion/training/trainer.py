@@ -23,6 +23,7 @@ from ..data.gif import video_tensor_to_gif
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..distributed import Processes, best_device
+from ..networks.lora import Learnt, check_lora, lora_config
 from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
@@ -117,6 +118,9 @@ class Trainer(TrainingLoop):
         self.model = diffusion
         if processes.world_size > 1 and not shard:
             self.model = DistributedDataParallel(diffusion, broadcast_buffers=False)
+        self.lora = lora_config(diffusion)
+        if self.lora:
+            self.parts['model'] = Learnt(diffusion)      # checkpoints leave out what is frozen
 
     def train(
         self,
@@ -205,9 +209,10 @@ class Trainer(TrainingLoop):
         return self.diffusion.shrink(self.clips.floats(torch.stack(clips)))
 
     def config(self) -> dict:
-        return self.diffusion.config()
+        return {**self.diffusion.config(), **({'lora': self.lora} if self.lora else {})}
 
     def has_config(self, config: dict) -> bool:
+        check_lora(self.lora, config.get('lora'))
         return self.diffusion.has_config(config)
 
     def state_dict(self) -> dict:
