@@ -6,27 +6,46 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
+from gloo_workers import Workers
 from test_latent import make as make_latent
 from test_trainer import CPU, assert_same_state, clips, read_log, soften  # noqa: F401, clips is a fixture
 from torch import nn
 
 from video_diffusion import (
-    GaussianDiffusion, SpatialTransformer, Trainer, Unet3D, WordEncoder, add_lora, checkpoint, load_lora, merge_lora, remove_lora,
-    scale_lora, unmerge_lora)
+    GaussianDiffusion,
+    SpatialTransformer,
+    Trainer,
+    Unet3D,
+    WordEncoder,
+    add_lora,
+    checkpoint,
+    load_lora,
+    merge_lora,
+    remove_lora,
+    scale_lora,
+    unmerge_lora,
+)
+from video_diffusion.distributed import Processes
+from video_diffusion.networks.dit import DiT
 from video_diffusion.networks.lora import lora_layers
+from video_diffusion.training.shard import own
 
 UNET = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, cond_dim=6, text_tokens=True)
 
 
-class Words(nn.Module):
-    """The U-Net on fixed inputs, so that it can stand in a row with other modules."""
+DIT = dict(dim=32, cond_dim=6, depth=2, dim_head=16, text_length=4)
 
-    def __init__(self, **settings):
+
+class Words(nn.Module):
+    """A network on a fixed step and caption, so that it can stand in a row with modules that have no use for them."""
+
+    def __init__(self, net):
         super().__init__()
-        self.unet = Unet3D(**UNET, **settings)
+        self.net = net
 
     def forward(self, x, **more):
-        return self.unet(x, torch.tensor([1., 7.], dtype=x.dtype), cond=torch.ones(2, 3, 6, dtype=x.dtype), **more)
+        return self.net(x, torch.tensor([1., 7.], dtype=x.dtype), cond=torch.ones(2, 3, 6, dtype=x.dtype), **more)
 
 
 def build(kind, **settings):
@@ -34,7 +53,8 @@ def build(kind, **settings):
     if kind == 'transformer':
         model = SpatialTransformer(6, heads=2, dim_head=4, groups=3)
         return shake(model), torch.randn(2, 6, 3, 4, 5)
-    return shake(Words(**settings)), torch.randn(2, 3, 5, 8, 12)
+    net = DiT(**DIT, **settings) if kind == 'dit' else Unet3D(**UNET, **settings)
+    return shake(Words(net)), torch.randn(2, 3, 5, 8, 12)
 
 
 @torch.no_grad()
@@ -53,7 +73,7 @@ def dense(layer):
 
 # Layers
 
-@pytest.mark.parametrize('kind', ['unet', 'transformer'])
+@pytest.mark.parametrize('kind', ['unet', 'dit', 'transformer'])
 def test_a_new_adapter_changes_no_digit_and_a_trained_one_adds_its_product(kind):
     model, x = build(kind)
     model, x = model.double().requires_grad_(False), x.double()              # what need not learn, torch may compute otherwise
@@ -79,9 +99,10 @@ def test_frames_that_are_alone_get_the_adapter_too():
     torch.testing.assert_close(model(x, prob_focus_present=1.), merged(x, prob_focus_present=1.), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('settings', [{}, dict(checkpoint_activations=True)])
-def test_gradients_are_those_of_the_product_and_reach_nothing_else(settings):
-    model, x = build('unet', **settings)
+@pytest.mark.parametrize('lean', [False, True])
+@pytest.mark.parametrize('kind', ['unet', 'dit'])
+def test_gradients_are_those_of_the_product_and_reach_nothing_else(kind, lean):
+    model, x = build(kind, checkpoint_activations=lean)
     model, x = model.double(), x.double()
     add_lora(model, rank=3, alpha=5)
     shake(model, 'lora_B')
@@ -141,7 +162,7 @@ def test_targets_choose_layers_and_a_wrong_one_is_told_what_there_is():
     model, _ = build('unet')
     add_lora(model, 2, targets=['mid_spatial_attention.to_out', 'time_mlp.1', 'to_q'])
     names = set(lora_layers(model))
-    assert {'unet.mid_spatial_attention.to_out', 'unet.time_mlp.1'} < names
+    assert {'net.mid_spatial_attention.to_out', 'net.time_mlp.1'} < names
     assert {name.rpartition('.')[2] for name in names} == {'to_out', '1', 'to_q'}
     with pytest.raises(ValueError, match='has adapters already'):
         add_lora(model, 2)
@@ -149,7 +170,7 @@ def test_targets_choose_layers_and_a_wrong_one_is_told_what_there_is():
     with pytest.raises(ValueError, match=r"targets=\['to_x'\]: no Linear of the Words is called so. It has time_mlp.1, time_mlp.3, "
                                          'to_kv, to_out, to_q, to_qkv, to_scale_shift, to_tokens.1'):
         add_lora(model, 2, targets=['to_q', 'to_x'])
-    assert not lora_layers(model) and model.unet.init_conv.weight.requires_grad
+    assert not lora_layers(model) and model.net.init_conv.weight.requires_grad
     with pytest.raises(ValueError, match='no Linear of the Conv3d is called so. It has none'):
         add_lora(nn.Conv3d(1, 1, 1), 2)
     with pytest.raises(ValueError, match='rank=0'):
@@ -161,6 +182,7 @@ def test_it_can_be_copied_and_compiled():
     add_lora(model, rank=3)
     shake(model, 'lora_B')
     twin = copy.deepcopy(model)
+    assert_same_state(twin.state_dict(), model.state_dict())
     fused = torch.compile(twin, backend='eager', fullgraph=True)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-6, atol=1e-6)
     fused(x).square().sum().backward()
@@ -176,9 +198,11 @@ def make_trainer(clips, results, *, kind='plain', rank=2, base=0, processes=CPU,
     if kind == 'latent':
         diffusion = make_latent(captions=True, told=0.5)
     else:
-        unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8)
-        diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8, buckets=50))
+        net = (shake(DiT(32, 8, depth=2, dim_head=16, patch=4)) if kind == 'dit' else
+               Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8))
+        diffusion = GaussianDiffusion(net, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8, buckets=50))
     if rank:
+        torch.manual_seed(processes.rank)                    # where there are several, all are to begin with the main one's
         add_lora(diffusion, rank, alpha=3)
     if learns_words:
         diffusion.text_encoder.requires_grad_(True)
@@ -214,8 +238,7 @@ def test_a_checkpoint_holds_adapters_average_and_moments_and_no_base(run):
     assert all(not torch.equal(weight, torch.zeros(())) for name, weight in state['model'].items())
 
 
-@pytest.mark.parametrize('kind', ['plain', 'latent'])
-@pytest.mark.parametrize('stop', [1, 3])
+@pytest.mark.parametrize('kind, stop', [('plain', 1), ('dit', 2), ('latent', 3)])
 def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, kind, stop):
     whole = make_trainer(clips, tmp_path / 'whole', kind=kind)
     before = copy.deepcopy(whole.diffusion.state_dict())
@@ -294,3 +317,29 @@ def test_what_is_not_of_this_run_is_refused_in_a_sentence(run, clips, tmp_path):
     merge_lora(merged)
     with pytest.raises(ValueError, match='merged do not learn: call unmerge_lora'):
         Trainer(merged, clips, results_folder=tmp_path, processes=CPU)
+
+
+# Several processes
+
+def train_in_group(rank, number, clips, results, shard):
+    """In each of the processes; how many numbers of the adapters this one holds at the end."""
+    processes = Processes(rank, number, torch.device('cpu'), dist.new_group(backend='gloo'))
+    trainer = soften(make_trainer(clips, results, processes=processes, shard=shard, train_num_steps=3))
+    trainer.train()
+    return sum(own(weight).numel() for weight in trainer.parts['model'].parameters())
+
+
+def test_two_processes_train_like_one_whole_or_sharded(clips, tmp_path):
+    one = soften(make_trainer(clips, tmp_path / 'one', train_num_steps=3))
+    one.train()
+    everything = sum(weight.numel() for weight in one.parts['model'].parameters())
+    workers = Workers(2)
+    for shard, share in ((False, 1), (True, 0.5)):
+        results = tmp_path / f'two-{shard}'
+        for held in workers.run(train_in_group, 2, clips, results, shard):
+            assert held == pytest.approx(share * everything, rel=0.02)
+        state = checkpoint.load(checkpoint.newest(results))
+        for part in ('model', 'ema', 'optimizer'):
+            assert_same_state(state[part], one.state_dict()[part], tolerance=1e-5)
+        load_lora(make_trainer(clips, tmp_path, rank=0).diffusion, results)
+    workers.close()

@@ -7,5 +7,6 @@ from .svd_vae import temporal_vae_from_diffusers, temporal_vae_to_diffusers
 
 __all__ = [
     'causal_vae_from_diffusers', 'causal_vae_from_sat', 'causal_vae_to_diffusers', 'lora_from_diffusers', 'lora_from_sat',
-    'lora_to_diffusers', 'lora_to_sat', 'temporal_vae_from_diffusers', 'temporal_vae_to_diffusers', 'unet_from_lucidrains', 'unet_to_lucidrains',
+    'lora_to_diffusers', 'lora_to_sat', 'temporal_vae_from_diffusers', 'temporal_vae_to_diffusers',
+    'unet_from_lucidrains', 'unet_to_lucidrains',
 ]

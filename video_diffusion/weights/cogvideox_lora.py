@@ -14,7 +14,6 @@ import json
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -39,8 +38,8 @@ def lora_from_diffusers(network: nn.Module, path: str | Path, alpha: float | Non
         settings = json.loads((file.metadata() or {}).get('lora_adapter_metadata', '{}'))
     odd = [name for name in ('alpha_pattern', 'use_rslora', 'use_dora') if settings.get(f'transformer.{name}')]
     if odd:
-        raise ValueError(f'{path} was made with {", ".join(odd)}: only adapters whose scale is alpha / rank, with one alpha for all, '
-                         'can be read')
+        raise ValueError(f'{path} was made with {", ".join(odd)}: only adapters whose scale is alpha / rank, with one alpha for '
+                         'all, can be read')
     fill(network, state, TO_DIFFUSERS, settings.get('transformer.lora_alpha') if alpha is None else alpha, path)
 
 
@@ -53,17 +52,16 @@ def lora_from_sat(network: nn.Module, path: str | Path, alpha: float = 1.) -> No
 def fill(network: nn.Module, state: dict[str, Tensor], table: dict[str, str], alpha: float | None, path: str | Path) -> None:
     """Strict: every tensor of the file is used, or an error says which one has no place here."""
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    names = {their_name(name, letter, table): (name, letter) for name in linears for letter in 'AB' if their_name(name, letter, table)}
-    unknown = [name for name in state if name not in names]
-    if unknown or not state:
-        raise ValueError(f'{path} holds no adapters for the attention of this {type(network).__name__}: '
-                         f'{unknown[0] if unknown else "there is nothing in it"}')
+    names = {their_name(name, letter, table): (name, letter) for name in linears for letter in 'AB'}
+    unknown = [name for name in state if name not in names] or ([] if state else ['nothing'])
+    if unknown:
+        raise ValueError(f'{path} holds {unknown[0]}, which is no adapter for the attention of this {type(network).__name__}')
     pairs = {names[name]: weight for name, weight in state.items()}
     ranks = {name: len(weight) for (name, letter), weight in pairs.items() if letter == 'A'}
-    for name, layer in linears.items():
+    for name in {name for name, _ in pairs}:
         shapes = [tuple(pairs[name, letter].shape) for letter in 'AB' if (name, letter) in pairs]
-        expected = [(ranks.get(name), layer.in_features), (layer.out_features, ranks.get(name))]
-        if shapes and shapes != expected:
+        expected = [(ranks.get(name), linears[name].in_features), (linears[name].out_features, ranks.get(name))]
+        if shapes != expected:
             raise ValueError(f'{path}: the adapter of {name} has shapes {shapes}, expected {expected}: it is of another model')
     adapt(network, {name: (rank, rank if alpha is None else alpha) for name, rank in ranks.items()})
     network.load_state_dict({f'{name}.lora_{letter}': weight for (name, letter), weight in pairs.items()}, strict=False)
