@@ -18,12 +18,13 @@ from .data.gif import gif_to_tensor, video_tensor_to_gif
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
-from .networks.lora import add_lora, load_lora, merge_lora, remove_lora, scale_lora, unmerge_lora
+from .networks.lora import add_lora, merge_lora, remove_lora, scale_lora, unmerge_lora
 from .networks.text import BertEncoder, T5Encoder, WordEncoder
 from .networks.transformer import SpatialTransformer
 from .networks.unet3d import Unet3D
 from .training import lr_schedule
 from .training.ema import EMA
+from .training.lora_run import load_lora
 from .training.trainer import Trainer
 from .training.vae_trainer import VAETrainer
 from .vae.causal_vae import CausalVAE

@@ -10,9 +10,8 @@ A starts random and B at zero, so that a new adapter changes nothing. Adapters o
 are 59 million weights where the network has 1,694 million: that much less to average, to keep moments of and to save. Alpha
 sets how strong the change is, whatever the rank.
 
-    >>> add_lora(diffusion, rank=8)                       # freezes all else; then train as ever
-    >>> Trainer(diffusion, 'my_gifs').train()             # checkpoints hold adapters, and the fingerprint of the base
-    >>> load_lora(diffusion, 'results', scale=0.8)        # another day, into the same base: four fifths of the change
+    >>> add_lora(diffusion, rank=8)                       # freezes all else; then train as ever: see training/lora_run.py
+    >>> scale_lora(diffusion, 0.8)                        # four fifths of the change that was learnt
     >>> merge_lora(diffusion); remove_lora(diffusion)     # for good: plain layers, whose weights include the change
 
 The functions take a diffusion model, whose network gets the adapters, or any other module.
@@ -20,14 +19,11 @@ The functions take a diffusion model, whose network gets the adapters, or any ot
 
 import math
 import re
-from pathlib import Path
-from typing import Container, Iterable, Sequence
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .. import checkpoint
 
 ATTENTION = 'to_q', 'to_k', 'to_v', 'to_kv', 'to_qkv', 'to_out'     # what the layers of attention are called in this library
 
@@ -72,21 +68,19 @@ class LoRALinear(nn.Linear):
             self.unmerged = None
 
 
-# Put adapters in, take them out
-
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
     """Freeze `model` and put adapters beside the Linears whose names end in one of `targets`. None: all of attention, and
     alpha = rank."""
     if rank < 1:
         raise ValueError(f'rank={rank}: give 1 or more')
-    linears = [name for name, module in network(model).named_modules() if type(module) is nn.Linear]
+    linears = [name for name, module in network_of(model).named_modules() if type(module) is nn.Linear]
     found = {target: [name for name in linears if f'.{name}'.endswith(f'.{target}')] for target in targets or ATTENTION}
     if targets is None:
         found = {target: names for target, names in found.items() if names}
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
         last_words = sorted({re.sub(r'.*\.(?=[a-z_])', '', name) for name in linears})      # to_out, or time_mlp.1
-        raise ValueError(f'targets={missing or list(ATTENTION)}: no Linear of the {type(network(model)).__name__} is called so. '
+        raise ValueError(f'targets={missing or list(ATTENTION)}: no Linear of the {type(network_of(model)).__name__} is called so. '
                          f'It has {", ".join(last_words) or "none"}')
     chosen = {name for names in found.values() for name in names}
     adapt(model, {name: (rank, rank if alpha is None else alpha) for name in linears if name in chosen})
@@ -95,15 +89,15 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: S
 def adapt(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     """Freeze `model` and give each of these layers of its network an adapter of (rank, alpha)."""
     if lora_layers(model):
-        raise ValueError(f'the {type(network(model)).__name__} has adapters already: take them off with remove_lora, merged or not')
+        raise ValueError(f'the {type(network_of(model)).__name__} has adapters already: take them off with remove_lora')
     model.requires_grad_(False)
     for name, (rank, alpha) in layers.items():
-        network(model).set_submodule(name, LoRALinear(network(model).get_submodule(name), rank, alpha))
+        network_of(model).set_submodule(name, LoRALinear(network_of(model).get_submodule(name), rank, alpha))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Those of the network that have an adapter, by name."""
-    return {name: module for name, module in network(model).named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in network_of(model).named_modules() if isinstance(module, LoRALinear)}
 
 
 def scale_lora(model: nn.Module, strength: float) -> None:
@@ -131,71 +125,9 @@ def remove_lora(model: nn.Module) -> None:
     for name, layer in lora_layers(model).items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device='meta')
         plain.weight, plain.bias = layer.weight, layer.bias
-        network(model).set_submodule(name, plain)
+        network_of(model).set_submodule(name, plain)
 
 
-# Checkpoints of what was trained, without the base
-
-class Learnt:
-    """What training changes of a model with adapters: stands for the model where checkpoints are written and read."""
-
-    def __init__(self, model: nn.Module):
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.weights.values()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: weight.detach() for name, weight in self.weights.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, weight in self.weights.items():
-            weight.copy_(state[name])
-
-
-def lora_config(model: nn.Module) -> dict | None:
-    """What a checkpoint has to say of the adapters: which there are, and beside which base. None where there are none."""
-    layers = lora_layers(model)
-    if any(layer.unmerged is not None for layer in layers.values()):
-        raise ValueError('adapters that are merged do not learn: call unmerge_lora first')
-    adapters = {name: (layer.rank, layer.alpha) for name, layer in layers.items()}
-    return {'layers': adapters, 'base': base_fingerprint(model, Learnt(model).weights)} if layers else None
-
-
-def check_lora(mine: dict | None, stored: dict | None) -> None:
-    """Refuse adapters of another kind than ours, and those of another base, beside which they mean nothing."""
-    if (mine is None) != (stored is None):
-        raise ValueError('the checkpoint holds ' + ('a whole model, and this run trains adapters beside one' if stored is None else
-                         'adapters, and this model has none: call add_lora, or load_lora, on the base they were trained beside'))
-    if mine is not None and mine['base'] != stored['base']:
-        raise ValueError(f'these adapters were trained beside a base with the fingerprint {stored["base"]}, and this one has '
-                         f'{mine["base"]}: give the very weights that their training began with')
-    if mine is not None and mine['layers'] != stored['layers']:
-        given, expected = (f'{len(layers)} of (rank, alpha) = {", ".join(map(str, sorted(set(layers.values()))))}'
-                           for layers in (stored['layers'], mine['layers']))
-        raise ValueError(f'the checkpoint holds other adapters than these: {given}, and not {expected}')
-
-
-def load_lora(diffusion: nn.Module, path: str | Path, scale: float = 1.) -> None:
-    """Put what a Trainer saved of a model with adapters, averaged, into its base. A results folder, or one checkpoint."""
-    state = checkpoint.load_run(path)
-    stored, average = state['config'].get('lora'), state['ema']['average']
-    if stored is None:
-        raise ValueError(f'{path} holds a whole model and no adapters: draw from it as it is')
-    check_lora({**stored, 'base': base_fingerprint(diffusion, average)}, stored)
-    adapt(diffusion, stored['layers'])
-    diffusion.load_state_dict(average, strict=False)
-    scale_lora(diffusion, scale)
-
-
-def base_fingerprint(diffusion: nn.Module, learnt: Container[str]) -> str:
-    """Of all weights but those: network and text encoder; a VAE has a fingerprint of its own. In bf16, so that a base is the
-    same in whatever precision it is held."""
-    weights = ((name, p.detach().bfloat16()) for name, p in diffusion.named_parameters()
-               if name not in learnt and not name.startswith('vae.'))
-    return checkpoint.fingerprint(weights)
-
-
-def network(model: nn.Module) -> nn.Module:
+def network_of(model: nn.Module) -> nn.Module:
+    """Of a diffusion model its network; anything else is one."""
     return getattr(model, 'denoise_fn', model)

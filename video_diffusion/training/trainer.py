@@ -23,11 +23,11 @@ from ..data.gif import video_tensor_to_gif
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..distributed import Processes, best_device
-from ..networks.lora import Learnt, check_lora, lora_config
 from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
 from .loop import TrainingLoop
+from .lora_run import Learnt, check_lora, lora_config
 from .shard import shard_weights
 
 

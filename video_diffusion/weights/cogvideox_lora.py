@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..networks.lora import adapt, lora_layers
+from ..networks.lora import adapt, lora_layers, network_of
 from .cogvideox_vae import safetensors
 
 FILE = 'pytorch_lora_weights.safetensors'
@@ -29,7 +29,7 @@ TO_SAT = {name: f'model.diffusion_model.transformer.layers.{{0}}.attention.{thei
                                    to_v='query_key_value.matrix_{1}.2', to_out='dense.matrix_{1}.0').items()}
 
 
-def lora_from_diffusers(network: nn.Module, path: str | Path, alpha: float | None = None) -> None:
+def lora_from_diffusers(model: nn.Module, path: str | Path, alpha: float | None = None) -> None:
     """Put the adapters of a file into a DiT. `alpha`: if the file does not say it, and it was not the rank."""
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
     state = {'transformer.' + re.sub(r'^(base_model\.model\.)?(transformer\.)?', '', name): weight
@@ -40,17 +40,18 @@ def lora_from_diffusers(network: nn.Module, path: str | Path, alpha: float | Non
     if odd:
         raise ValueError(f'{path} was made with {", ".join(odd)}: only adapters whose scale is alpha / rank, with one alpha for '
                          'all, can be read')
-    fill(network, state, TO_DIFFUSERS, settings.get('transformer.lora_alpha') if alpha is None else alpha, path)
+    fill(model, state, TO_DIFFUSERS, settings.get('transformer.lora_alpha') if alpha is None else alpha, path)
 
 
-def lora_from_sat(network: nn.Module, path: str | Path, alpha: float = 1.) -> None:
+def lora_from_sat(model: nn.Module, path: str | Path, alpha: float = 1.) -> None:
     """Put the adapters of a checkpoint, which holds its base as well, into a DiT. SAT trains with alpha 1."""
     state = {name: weight for name, weight in checkpoint.load(path)['module'].items() if '.matrix_' in name}
-    fill(network, state, TO_SAT, alpha, path)
+    fill(model, state, TO_SAT, alpha, path)
 
 
-def fill(network: nn.Module, state: dict[str, Tensor], table: dict[str, str], alpha: float | None, path: str | Path) -> None:
+def fill(model: nn.Module, state: dict[str, Tensor], table: dict[str, str], alpha: float | None, path: str | Path) -> None:
     """Strict: every tensor of the file is used, or an error says which one has no place here."""
+    network = network_of(model)
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     names = {their_name(name, letter, table): (name, letter) for name in linears for letter in 'AB'}
     unknown = [name for name in state if name not in names] or ([] if state else ['nothing'])
@@ -63,23 +64,23 @@ def fill(network: nn.Module, state: dict[str, Tensor], table: dict[str, str], al
         expected = [(ranks.get(name), linears[name].in_features), (linears[name].out_features, ranks.get(name))]
         if shapes != expected:
             raise ValueError(f'{path}: the adapter of {name} has shapes {shapes}, expected {expected}: it is of another model')
-    adapt(network, {name: (rank, rank if alpha is None else alpha) for name, rank in ranks.items()})
+    adapt(model, {name: (rank, rank if alpha is None else alpha) for name, rank in ranks.items()})
     network.load_state_dict({f'{name}.lora_{letter}': weight for (name, letter), weight in pairs.items()}, strict=False)
 
 
-def lora_to_diffusers(network: nn.Module, folder: str | Path) -> None:
+def lora_to_diffusers(model: nn.Module, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    safetensors().save_file(renamed_adapters(network, TO_DIFFUSERS, alpha=None), Path(folder) / FILE, metadata={'format': 'pt'})
+    safetensors().save_file(renamed_adapters(model, TO_DIFFUSERS, alpha=None), Path(folder) / FILE, metadata={'format': 'pt'})
 
 
-def lora_to_sat(network: nn.Module, path: str | Path) -> None:
-    checkpoint.save({'module': renamed_adapters(network, TO_SAT, alpha=1.)}, path)
+def lora_to_sat(model: nn.Module, path: str | Path) -> None:
+    checkpoint.save({'module': renamed_adapters(model, TO_SAT, alpha=1.)}, path)
 
 
-def renamed_adapters(network: nn.Module, table: dict[str, str], alpha: float | None) -> dict[str, Tensor]:
+def renamed_adapters(model: nn.Module, table: dict[str, str], alpha: float | None) -> dict[str, Tensor]:
     """A and B of each layer, for a reader that has this alpha in mind; None: the rank."""
     state = {}
-    for name, layer in lora_layers(network).items():
+    for name, layer in lora_layers(model).items():
         if their_name(name, 'A', table) is None:
             raise ValueError(f'{name}: the files of CogVideoX have names for adapters of {", ".join(table)} in blocks only')
         their_scale = 1. if alpha is None else alpha / layer.rank
