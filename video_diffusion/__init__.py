@@ -15,6 +15,7 @@ from . import checkpoint, distributed
 from .data import shapes
 from .data.dataset import GifDataset
 from .data.gif import gif_to_tensor, video_tensor_to_gif
+from .data.show import show
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
@@ -31,8 +32,8 @@ from .vae.vae_checkpoint import vae_from_checkpoint
 from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss', 'SpatialTransformer',
-    'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
-    'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers', 'shapes',
-    'vae_from_checkpoint', 'video_tensor_to_gif',
+    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
+    'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
+    'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers',
+    'shapes', 'show', 'vae_from_checkpoint', 'video_tensor_to_gif',
 ]
