@@ -19,6 +19,7 @@ from .data.show import show
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
+from .networks.dit import DiT
 from .networks.text import BertEncoder, T5Encoder, WordEncoder
 from .networks.transformer import SpatialTransformer
 from .networks.unet3d import Unet3D
@@ -32,7 +33,7 @@ from .vae.vae_checkpoint import vae_from_checkpoint
 from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
+    'BertEncoder', 'CausalVAE', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
     'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
     'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers',
     'shapes', 'show', 'vae_from_checkpoint', 'video_tensor_to_gif',
