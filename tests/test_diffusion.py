@@ -7,7 +7,8 @@ from torch import nn
 from video_diffusion_pytorch import GaussianDiffusion as PeerDiffusion
 
 from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, samplers
-from video_diffusion.diffusion.noise_schedule import OBJECTIVES, build_schedule, target, to_noise
+from video_diffusion.diffusion.noise_schedule import build_schedule
+from video_diffusion.diffusion.objective import OBJECTIVES, target, to_noise
 
 TINY = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
 

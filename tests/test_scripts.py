@@ -130,7 +130,7 @@ def test_schedules_samplers_and_guidance_by_flags(run, clips):
     common = ['results', '--prompt', 'a red circle', '--device', 'cpu', '--sampler', 'dpm++2m', '--steps', 3]
     pictures = []
     for more in ([], ['--negative', 'a blue square'], ['--guidance-rescale', 0.7], ['--dynamic-guidance', 5]):
-        code, _, err = run('sample.py', *common, *more, '--cond-scale', 20, '--out', 'samples')
+        code, _, err = run('sample.py', *common, *more, '--cond-scale', 20, '--overwrite')
         assert code == 0, err
         pictures.append(Path('samples/all.gif').read_bytes())
     assert len(set(pictures)) == 4

@@ -30,11 +30,11 @@ def clips(tmp_path_factory):
     return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 12, image_size=16, num_frames=2)
 
 
-def make_trainer(clips, results, *, captions=True, diffusion={}, **kwargs):
+def make_trainer(clips, results, *, captions=True, diffusion=(), **kwargs):
     torch.manual_seed(0)
     encoder = WordEncoder(8) if captions else None
     unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8 if captions else None)
-    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder, **diffusion)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder, **dict(diffusion))
     settings = dict(train_batch_size=2, train_num_steps=6, train_lr=1e-3, step_start_ema=2, update_ema_every=1,
                     save_and_sample_every=3, num_sample_rows=2, sample_steps=2, log_every=2, processes=CPU)
     return Trainer(diffusion, clips, results_folder=results, **{**settings, **kwargs})

@@ -15,9 +15,11 @@ from . import checkpoint, distributed
 from .data import shapes
 from .data.dataset import GifDataset
 from .data.gif import gif_to_tensor, video_tensor_to_gif
+from .data.show import show
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
+from .networks.dit import DiT
 from .networks.lora import add_lora, merge_lora, remove_lora, scale_lora, unmerge_lora
 from .networks.text import BertEncoder, T5Encoder, WordEncoder
 from .networks.transformer import SpatialTransformer
@@ -33,9 +35,9 @@ from .vae.vae_checkpoint import vae_from_checkpoint
 from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss', 'SpatialTransformer',
-    'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
+    'BertEncoder', 'CausalVAE', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
+    'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
     'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'load_lora',
-    'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'unmerge_lora', 'vae_from_checkpoint',
-    'video_tensor_to_gif',
+    'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'show', 'unmerge_lora',
+    'vae_from_checkpoint', 'video_tensor_to_gif',
 ]

@@ -12,6 +12,7 @@ import inspect
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -34,12 +35,14 @@ def save(state: dict, path: str | Path) -> None:
         raise OSError(f'cannot save the checkpoint {path}, {kept}: {first_line(error)}') from error
 
 
-def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict:
+def load(path: str | Path, map_location: str | torch.device = 'cpu', mmap: bool = False) -> dict:
+    """`mmap`: leave tensors on the disk until they are looked at."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True,
+                          mmap=mmap and zipfile.is_zipfile(path))      # files older than torch 1.6 are none
     except pickle.UnpicklingError as error:
         raise ValueError(f'{path} is refused: it holds more than weights and settings, which could run code '
                          'on this machine, or it is no checkpoint at all') from error

@@ -11,7 +11,7 @@ None the first clips of the training are measured; 1.15258426 is that of CogVide
     >>> vae = CausalVAE(latent_channels=4, dim=32, dim_mults=(1, 2, 2), time_compression=2)
     >>> channels, frames, *size = latent_shape(vae, num_frames=9, image_size=(32, 32))
     >>> inner = GaussianDiffusion(Unet3D(dim=64, channels=channels), channels=channels, num_frames=frames,
-    ...                           image_size=tuple(size), latents=True)
+    ...                           image_size=tuple(size), latents=True, objective='v')
     >>> diffusion = LatentDiffusion(inner, vae, num_frames=9)
     >>> loss = diffusion(torch.rand(2, 3, 9, 32, 32))               # from here on like a GaussianDiffusion of pixels
     >>> videos = diffusion.sample(batch_size=2, steps=50, sampler='ddim')
@@ -41,6 +41,7 @@ from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames
 from .gaussian_diffusion import GaussianDiffusion
 from .latent_cache import Encoded, fingerprint
+from .sampling import Sampling
 
 CLIPS_TO_MEASURE = 64
 
@@ -197,8 +198,8 @@ class LatentDiffusion(nn.Module):
         image: Tensor | None = None,                  # (b c h w): how the videos begin; one is enough for all. Or:
         first_frames: Tensor | None = None,           # (b c k h w): several of them
         low_res: Tensor | None = None,                # (b c f h/low_res w/low_res): the videos, small; one is enough for all
-        known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
-        **sampling,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
+        known_by: str | None = None,                  # as in Sampling
+        **settings,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
     ) -> Tensor:
         """Videos (b c f h w) in [0, 1]; with `return_all` the whole way to them, decoded (steps + 1, b c f h w)."""
         self.check_scale()
@@ -209,18 +210,18 @@ class LatentDiffusion(nn.Module):
             first_frames = image.unsqueeze(2)
         if first_frames is not None:
             known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
-            sampling['known'], sampling['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
+            settings['known'], settings['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
         if self.low_res or low_res is not None:
             self.check_low_res(low_res, alone=first_frames is None)
-            sampling['known'] = self.posterior(self.enlarge(low_res.to(self.scale.device))).mean * self.scale
-            sampling['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
-        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **sampling)
+            settings['known'] = self.posterior(self.enlarge(low_res.to(self.scale.device))).mean * self.scale
+            settings['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
+        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **settings)
         return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
 
     def sample_long(
         self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
         *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
-        seed: int | None = None, **sampling,
+        negative: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True, **settings,
     ) -> Tensor:
         """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
         if self.low_res:
@@ -228,8 +229,23 @@ class LatentDiffusion(nn.Module):
         if overlap is None:
             overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
         return known_frames.window_by_window(
-            lambda *args, **kwargs: self.sample(*args, **kwargs, **sampling), self.num_frames, num_frames, cond, cond_scale,
-            batch_size, overlap=overlap, later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
+            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
+            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
+
+    def ddim_invert(self, video: Tensor, cond: Tensor | Sequence[str] | None = None, **how) -> Tensor:
+        """As GaussianDiffusion.ddim_invert: the noise (b c f h w) of the latents of a video."""
+        return self.diffusion.ddim_invert(self.latents(video), cond, **how)
+
+    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **how) -> Tensor:
+        """As GaussianDiffusion.interpolate: a video between two, by way of their latents."""
+        return self.decode(self.diffusion.interpolate(self.latents(x1), self.latents(x2), t, lam, **how))
+
+    @torch.no_grad()
+    def latents(self, video: Tensor) -> Tensor:
+        """The most likely latents of a video (b c f h w), scaled."""
+        self.check(video)
+        self.check_scale()
+        return self.posterior(video).mean * self.scale
 
     def whole_lengths(self) -> list[int]:
         """How many first frames of a video are whole latent frames."""
@@ -288,6 +304,11 @@ class LatentDiffusion(nn.Module):
         latent = config['latent']
         return cls(GaussianDiffusion.from_config(config), vae_from_config(latent['vae']),
                    **{name: latent.get(name) for name in ('num_frames', 'max_batch', 'chunk', 'low_res')})
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> 'LatentDiffusion':
+        """The trained model from a checkpoint file, or from the newest one of a results folder."""
+        return cls.from_state(checkpoint.load_run(path))
 
     @classmethod
     def from_state(cls, state: dict) -> 'LatentDiffusion':

@@ -37,6 +37,10 @@ from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
 from .unet3d import Unet3D, bernoulli
 
+# Autograd keeps what happens inside a function until its backward pass. With this (arXiv 1604.06174) it keeps the input only
+# and does it again. Nothing here draws anything, so there is no RNG to restore.
+again_if_needed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 POSITIONS = 'sincos', 'rope', 'rope+learned'
 OFS = 2.                         # an input of 1.5-5B-I2V that never had another value
 
@@ -109,9 +113,12 @@ class DiTBlock(nn.Module):
         text, video = add_gated(text, video, self.to_out(rows), *gates)
 
         rows, *gates = self.feed_forward_norm(text, video, emb)
-        rows = gelu(self.widen(rows))                                                # b n+m 4*dim
-        rows = self.narrow(rows)
+        rows = self.widen(rows)                                                      # b n+m 4*dim
+        rows = again_if_needed(self.gelu_and_narrow, rows) if rows.requires_grad else self.gelu_and_narrow(rows)
         return add_gated(text, video, rows, *gates)
+
+    def gelu_and_narrow(self, rows: Tensor) -> Tensor:
+        return self.narrow(gelu(rows))
 
     def heads(self, x: Tensor, norm: nn.LayerNorm | None = None, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
         x = x.unflatten(-1, (-1, self.dim_head))                                     # b n heads d
@@ -152,6 +159,7 @@ class DiT(nn.Module):
         checkpoint_activations: bool = False,  # compute every block again in the backward pass: less memory, more time
     ):
         super().__init__()
+        time_dim = time_dim or min(dim, 512)
         # All that is needed to build this network again; checkpoints store it.
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'checkpoint_activations')}
         if dim % dim_head or dim_head % 16:
@@ -167,7 +175,6 @@ class DiT(nn.Module):
         self.text_length = text_length if self.has_cond else 0
         self.size = size
 
-        time_dim = time_dim or min(dim, 512)
         self.time_mlp = nn.Sequential(nn.Linear(dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
         self.ofs_mlp = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)) if ofs else None
 
@@ -186,10 +193,9 @@ class DiT(nn.Module):
         self.to_patches = nn.Linear(dim, channels * pixels)
         self.begin()
 
-        # As in Unet3D. What a block keeps is some twenty times its input, and it draws nothing.
         if checkpoint_activations:
-            for block in self.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            for block in self.blocks:                                                # whose input is a twentieth of what it keeps
+                block.forward = partial(again_if_needed, block.forward)
 
     def begin(self) -> None:
         """adaLN-zero: all gates are shut and the answer is 0, so that every block starts as if it were not there."""

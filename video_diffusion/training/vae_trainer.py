@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.gif import video_tensor_to_gif
+from ..data.show import enlarged
 from ..distributed import Processes, best_device
 from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
 from ..vae.frame_shares import agree_on_shares, has_special_first_frame
@@ -237,7 +238,7 @@ class VAETrainer(TrainingLoop):
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            video_tensor_to_gif(torch.cat(rows).cpu(), path)                                           # b c f h 3*w
+            video_tensor_to_gif(enlarged(torch.cat(rows).cpu()), path)                                           # b c f h 3*w
         self.processes.any(False)                            # the others wait until it is drawn
         return path
 

@@ -1,32 +1,42 @@
 """LoRA files of CogVideoX, both ways: those of diffusers and peft, and those of its own code, SAT.
 
     lora_from_diffusers(dit, 'my-lora')          # a folder with pytorch_lora_weights.safetensors, or one such file
-    lora_from_sat(dit, 'mp_rank_00_model_states.pt')
+    lora_from_sat(dit, 'sat/lora')               # a checkpoint of SAT's training, of which this takes the adapters alone
     lora_to_diffusers(dit, 'my-lora')            # for CogVideoXPipeline.load_lora_weights
     lora_to_sat(dit, 'my-lora.pt')
 
 What gets lost on the way is the scale, alpha / rank. A file of diffusers need not tell alpha: its readers then take alpha =
 rank, and what was trained with alpha 1 and rank 128, as by SAT, comes out 128 times too strong. So what is written here has the
 scale multiplied into B, which is right in every reader; and what is read has the alpha that is given, or that of its metadata.
+
+A DiT is given, or the diffusion model around it, which is then frozen all over. The names are those of cogvideox_dit.py.
 """
 
 import json
 import re
 from pathlib import Path
+from typing import Callable
 
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..networks.lora import adapt, lora_layers, network_of
-from .cogvideox_vae import safetensors
+from .cogvideox_dit import TO_DIFFUSERS, TO_SAT, newest_sat
+from .files import read_sat, renamed, safetensors
 
 FILE = 'pytorch_lora_weights.safetensors'
-# Ours -> theirs, within block {0}; {1} is A or B.
-TO_DIFFUSERS = {name: f'transformer.transformer_blocks.{{0}}.attn1.{theirs}.lora_{{1}}.weight'
-                for name, theirs in dict(to_q='to_q', to_k='to_k', to_v='to_v', to_out='to_out.0').items()}
-TO_SAT = {name: f'model.diffusion_model.transformer.layers.{{0}}.attention.{theirs}'
-          for name, theirs in dict(to_q='query_key_value.matrix_{1}.0', to_k='query_key_value.matrix_{1}.1',
-                                   to_v='query_key_value.matrix_{1}.2', to_out='dense.matrix_{1}.0').items()}
+PARTS = [(r'\.q\.lora_(.)$', r'.matrix_\1.0'), (r'\.k\.lora_(.)$', r'.matrix_\1.1'), (r'\.v\.lora_(.)$', r'.matrix_\1.2'),
+         (r'\.lora_(.)$', r'.matrix_\1.0')]      # SAT numbers what it has in one layer
+
+
+def diffusers_name(name: str) -> str:
+    """blocks.0.to_q.lora_A -> transformer.transformer_blocks.0.attn1.to_q.lora_A.weight"""
+    return 'transformer.' + renamed(name + '.weight', TO_DIFFUSERS)
+
+
+def sat_name(name: str) -> str:
+    """blocks.0.to_v.lora_A -> model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_A.2"""
+    return 'model.diffusion_model.' + renamed(renamed(name, TO_SAT), PARTS)
 
 
 def lora_from_diffusers(model: nn.Module, path: str | Path, alpha: float | None = None) -> None:
@@ -40,55 +50,51 @@ def lora_from_diffusers(model: nn.Module, path: str | Path, alpha: float | None 
     if odd:
         raise ValueError(f'{path} was made with {", ".join(odd)}: only adapters whose scale is alpha / rank, with one alpha for '
                          'all, can be read')
-    fill(model, state, TO_DIFFUSERS, settings.get('transformer.lora_alpha') if alpha is None else alpha, path)
+    fill(model, state, diffusers_name, settings.get('transformer.lora_alpha') if alpha is None else alpha, path)
 
 
 def lora_from_sat(model: nn.Module, path: str | Path, alpha: float = 1.) -> None:
-    """Put the adapters of a checkpoint, which holds its base as well, into a DiT. SAT trains with alpha 1."""
-    state = {name: weight for name, weight in checkpoint.load(path)['module'].items() if '.matrix_' in name}
-    fill(model, state, TO_SAT, alpha, path)
-
-
-def fill(model: nn.Module, state: dict[str, Tensor], table: dict[str, str], alpha: float | None, path: str | Path) -> None:
-    """Strict: every tensor of the file is used, or an error says which one has no place here."""
-    network = network_of(model)
-    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    names = {their_name(name, letter, table): (name, letter) for name in linears for letter in 'AB'}
-    unknown = [name for name in state if name not in names] or ([] if state else ['nothing'])
-    if unknown:
-        raise ValueError(f'{path} holds {unknown[0]}, which is no adapter for the attention of this {type(network).__name__}')
-    pairs = {names[name]: weight for name, weight in state.items()}
-    ranks = {name: len(weight) for (name, letter), weight in pairs.items() if letter == 'A'}
-    for name in {name for name, _ in pairs}:
-        shapes = [tuple(pairs[name, letter].shape) for letter in 'AB' if (name, letter) in pairs]
-        expected = [(ranks.get(name), linears[name].in_features), (linears[name].out_features, ranks.get(name))]
-        if shapes != expected:
-            raise ValueError(f'{path}: the adapter of {name} has shapes {shapes}, expected {expected}: it is of another model')
-    adapt(model, {name: (rank, rank if alpha is None else alpha) for name, rank in ranks.items()})
-    network.load_state_dict({f'{name}.lora_{letter}': weight for (name, letter), weight in pairs.items()}, strict=False)
+    """Put the adapters of a checkpoint, which holds their base and more as well, into a DiT. SAT trains with alpha 1."""
+    path = newest_sat(path)
+    state = {name: weight for name, weight in read_sat(path, 'mp_rank_00_model_states.pt').items() if '.matrix_' in name}
+    fill(model, state, sat_name, alpha, path)
 
 
 def lora_to_diffusers(model: nn.Module, folder: str | Path) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
-    safetensors().save_file(renamed_adapters(model, TO_DIFFUSERS, alpha=None), Path(folder) / FILE, metadata={'format': 'pt'})
+    safetensors().save_file(adapters(model, diffusers_name), Path(folder) / FILE, metadata={'format': 'pt'})
 
 
 def lora_to_sat(model: nn.Module, path: str | Path) -> None:
-    checkpoint.save({'module': renamed_adapters(model, TO_SAT, alpha=1.)}, path)
+    checkpoint.save({'module': adapters(model, sat_name, alpha=1.)}, path)
 
 
-def renamed_adapters(model: nn.Module, table: dict[str, str], alpha: float | None) -> dict[str, Tensor]:
-    """A and B of each layer, for a reader that has this alpha in mind; None: the rank."""
+def fill(model: nn.Module, state: dict[str, Tensor], their_name: Callable[[str], str], alpha: float | None, path: Path) -> None:
+    """Strict: every tensor of the file is used, or an error says which one has no place here. alpha None: the rank."""
+    network = network_of(model)
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    ours = {their_name(f'{name}.lora_{letter}'): (name, letter) for name in layers for letter in 'AB'}
+    unknown = [name for name in state if name not in ours] or ([] if state else ['no adapters'])
+    if unknown:
+        raise ValueError(f'{path} holds {unknown[0]}: expected adapters for layers of this {type(network).__name__}')
+    found = {ours[name]: weight for name, weight in state.items()}
+    ranks = {name: len(weight) for (name, letter), weight in found.items() if letter == 'A'}
+    for name in {name for name, _ in found}:
+        shapes = [tuple(found[name, letter].shape) for letter in 'AB' if (name, letter) in found]
+        expected = [(ranks.get(name), layers[name].in_features), (layers[name].out_features, ranks.get(name))]
+        if shapes != expected:
+            raise ValueError(f'{path}: the adapter of {name} has shapes {shapes}, expected {expected}: it is of another model')
+    adapt(model, {name: (rank, rank if alpha is None else alpha) for name, rank in ranks.items()})
+    network.load_state_dict({f'{name}.lora_{letter}': weight for (name, letter), weight in found.items()}, strict=False)
+
+
+def adapters(model: nn.Module, their_name: Callable[[str], str], alpha: float | None = None) -> dict[str, Tensor]:
+    """A and B of each layer under their names, for a reader that has this alpha in mind; None: the rank."""
     state = {}
     for name, layer in lora_layers(model).items():
-        if their_name(name, 'A', table) is None:
-            raise ValueError(f'{name}: the files of CogVideoX have names for adapters of {", ".join(table)} in blocks only')
+        if re.search(r'\.for_(text|video)$|from_patches$', name):
+            raise ValueError(f'{name} has an adapter: in the files of CogVideoX it is no layer of its own, so none can be written')
         their_scale = 1. if alpha is None else alpha / layer.rank
-        state[their_name(name, 'A', table)] = layer.lora_A.detach().cpu().contiguous()
-        state[their_name(name, 'B', table)] = (layer.lora_B * (layer.scale / their_scale)).detach().cpu().contiguous()
+        state[their_name(f'{name}.lora_A')] = layer.lora_A.detach().cpu().contiguous()
+        state[their_name(f'{name}.lora_B')] = (layer.lora_B * (layer.scale / their_scale)).detach().cpu().contiguous()
     return state
-
-
-def their_name(name: str, letter: str, table: dict[str, str]) -> str | None:
-    match = re.fullmatch(rf'blocks\.(\d+)\.({"|".join(table)})', name)
-    return match and table[match[2]].format(match[1], letter)

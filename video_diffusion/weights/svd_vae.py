@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..vae.temporal_vae import TemporalVAE
-from .cogvideox_vae import load_renamed, read_config, read_safetensors, renamed, write_pretrained
+from .files import load_renamed, read_config, read_safetensors, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [
