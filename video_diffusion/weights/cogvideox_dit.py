@@ -108,10 +108,12 @@ def dit_from_sat(
     size: tuple[int, int, int] | None = None,      # (f, h, w) of its clips, in latents; None: the published model's
     text_length: int = 226,                        # of version 1.5: 224
 ) -> DiT:
-    """CogVideoX's own files. The rest of the configuration is read off the shapes."""
+    """CogVideoX's own files. The rest of the configuration is read off the shapes. Where SAT has trained adapters, this is the
+    base that they lie beside, and `lora_from_sat` reads those."""
     path = newest_sat(path)
-    state = {name.removeprefix(SAT_PREFIX): value for name, value in read_sat(path, 'mp_rank_00_model_states.pt').items()
-             if name.startswith(SAT_PREFIX)}
+    state = {name.removeprefix(SAT_PREFIX).replace('.original.', '.'): value
+             for name, value in read_sat(path, 'mp_rank_00_model_states.pt').items()
+             if name.startswith(SAT_PREFIX) and '.matrix_' not in name}
     try:
         config = sat_config(state, positions, size, text_length)
     except KeyError as error:
