@@ -19,11 +19,14 @@ from .data.show import show
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
+from .networks.dit import DiT
+from .networks.lora import add_lora, merge_lora, remove_lora, scale_lora, unmerge_lora
 from .networks.text import BertEncoder, T5Encoder, WordEncoder
 from .networks.transformer import SpatialTransformer
 from .networks.unet3d import Unet3D
 from .training import lr_schedule
 from .training.ema import EMA
+from .training.lora_run import load_lora
 from .training.trainer import Trainer
 from .training.vae_trainer import VAETrainer
 from .vae.causal_vae import CausalVAE
@@ -32,8 +35,9 @@ from .vae.vae_checkpoint import vae_from_checkpoint
 from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
+    'BertEncoder', 'CausalVAE', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
     'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
-    'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers',
-    'shapes', 'show', 'vae_from_checkpoint', 'video_tensor_to_gif',
+    'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'load_lora',
+    'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'show', 'unmerge_lora',
+    'vae_from_checkpoint', 'video_tensor_to_gif',
 ]

@@ -14,6 +14,7 @@ for 10^12 channels, so the module is first made on PyTorch's `meta` device, wher
 Whatever is wrong with a file, the answer is one ValueError of one sentence.
 """
 
+import hashlib
 import inspect
 import os
 import pickle
@@ -22,7 +23,7 @@ import zipfile
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -47,14 +48,16 @@ def save(state: dict, path: str | Path) -> None:
         raise OSError(f'cannot save the checkpoint {path}, {kept}: {first_line(error)}') from error
 
 
-def load(path: str | Path, map_location: str | torch.device = 'cpu') -> dict:
+def load(path: str | Path, map_location: str | torch.device = 'cpu', mmap: bool = False) -> dict:
+    """`mmap`: leave tensors on the disk until they are looked at."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'there is no checkpoint {path}')
     with blaming(path):
         try:
             refuse_packed(path)
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True,
+                              mmap=mmap and zipfile.is_zipfile(path))      # files older than torch 1.6 are none
         except pickle.UnpicklingError as error:
             raise ValueError('it holds more than weights and settings, which could run code on this machine, or it is no '
                              'checkpoint at all') from error
@@ -134,9 +137,10 @@ def refuse_odd_settings(config) -> None:
 
 
 def fill(module: nn.Module, weights: dict[str, Tensor], source: str | Path,
-         their_name: Callable[[str], str] = lambda name: name) -> nn.Module:
+         their_name: Callable[[str], str] = lambda name: name, *, as_they_are: bool = False) -> nn.Module:
     """The module, hollow or not, with copies of these weights. Strict: every tensor is used, every place filled, every
-    number finite, or an error lists what is wrong. `their_name`: what one of our names is in `weights`."""
+    number finite, or an error lists what is wrong. `their_name`: what one of our names is in `weights`. `as_they_are`: the very
+    tensors, in their own dtype, and unread: what is mapped from a disk costs no memory yet."""
     places = module.state_dict()
     names = {their_name(ours): ours for ours in places}
     wrong = [f'missing: {theirs}' for theirs in names if theirs not in weights]
@@ -148,7 +152,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], source: str | Path,
         storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in found.values()}
         if sum(value.nbytes for value in found.values()) > 2 * sum(storages.values()):
             wrong = ['its tensors are the same few numbers over and over']
-    if not wrong:
+    if not wrong and not as_they_are:
         found = {ours: value.detach().to('cpu', places[ours].dtype, copy=True) for ours, value in found.items()}
         wrong = [f'{name} holds NaN or infinity' for name, _ in module.named_parameters() if not found[name].isfinite().all()]
     if wrong:
@@ -174,6 +178,15 @@ def same_settings(mine: dict | None, stored: dict | None, constructor: Callable)
     """Whether two sets of arguments build the same thing. Those that a checkpoint is too old to know had their defaults."""
     defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}
     return (mine and {**defaults, **mine}) == (stored and {**defaults, **stored})
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: object = ()) -> str:
+    """Changes when any of these weights does, or its name, or the settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, weight in weights:
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def milestones(folder: str | Path) -> dict[int, Path]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..checks import number, one_of, video_shape, whole
+from ..networks import network_config, network_from_config, same_network
 from ..networks.text import BertEncoder, text_encoder_from_config
-from ..networks.unet3d import Unet3D
 from . import guidance, known_frames, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
@@ -277,17 +277,18 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
                'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames', 'latents')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
-            'unet': getattr(self.denoise_fn, 'config', None),
+            **network_config(self.denoise_fn),
             'text_encoder': self.text_encoder.config() if self.text_encoder is not None else None,
         }
 
     @classmethod
     def from_config(cls, config: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
-        if config['unet'] is None:
-            raise ValueError('the checkpoint holds a network of your own: build it yourself and load its weights')
+        if 'lora' in config:
+            raise ValueError('the checkpoint holds adapters and not the model that they were trained beside: build that, and give '
+                             'them to it with load_lora')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
-        return cls(Unet3D(**config['unet']), timesteps=own.pop('num_timesteps'), **own,
+        return cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
                    text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
 
     @classmethod
@@ -305,9 +306,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings. Those that it is too old to know had their defaults."""
         mine = self.config()
-        return mine['text_encoder'] == config['text_encoder'] and all(
-            checkpoint.same_settings(mine[part], config[part], constructor)
-            for part, constructor in (('diffusion', GaussianDiffusion), ('unet', Unet3D)))
+        return (mine['text_encoder'] == config['text_encoder'] and same_network(mine, config)
+                and checkpoint.same_settings(mine['diffusion'], config['diffusion'], GaussianDiffusion))
 
     # Helpers
 

@@ -102,11 +102,7 @@ class LatentCache(Dataset):
 
 def fingerprint(vae: nn.Module, *more) -> str:
     """Changes when any weight or setting of the VAE does, or anything in `more`."""
-    digest = hashlib.sha256(repr((type(vae).__name__, sorted(vae.config.items()), more)).encode())
-    for name, value in vae.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return checkpoint.fingerprint(vae.state_dict().items(), (type(vae).__name__, sorted(vae.config.items()), more))
 
 
 def file_name(clip: Path) -> str:

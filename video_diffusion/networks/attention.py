@@ -120,8 +120,10 @@ class TemporalAttention(nn.Module):
         f, h = x.shape[2:4]
         residual = x = rearrange(x, 'b c f h w -> b f (h w) c')
         size = self.heads * self.dim_head
-        if frames_alone:
-            out = F.linear(self.norm(x), self.to_qkv.weight[2 * size:])
+        if frames_alone and type(self.to_qkv) is nn.Linear:
+            out = F.linear(self.norm(x), self.to_qkv.weight[2 * size:])              # a third of the rows, a third of the time
+        elif frames_alone:
+            out = self.to_qkv(self.norm(x))[..., 2 * size:]                          # of a LoRALinear the weight is not all
         else:
             qk, v = self.to_qkv(self.norm(x)).split((2 * size, size), dim=-1)
             qk = rotate(qk, rotations(f, self.rotary, self.dim_head))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..distributed import Processes
-from ..networks.unet3d import BLOCKS
+from ..networks import BLOCKS
 
 
 def shard_weights(diffusion: nn.Module, processes: Processes) -> None:

@@ -32,6 +32,7 @@ from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
 from .loop import TrainingLoop, adam
+from .lora_run import Learnt, check_lora, lora_config
 from .memory import keep_freed_memory
 from .muon import Muon, split
 from .shard import shard_weights
@@ -95,6 +96,9 @@ class Trainer(TrainingLoop):
             diffusion.denoise_fn.compile()       # in place: the weights keep their names
         several = processes.world_size > 1 and not shard
         self.model = DistributedDataParallel(diffusion, broadcast_buffers=False) if several else diffusion
+        self.lora = lora_config(diffusion)
+        if self.lora:
+            self.parts['model'] = Learnt(diffusion)      # checkpoints leave out what is frozen
 
     def prepare_captions(self, folder: str | Path) -> None:
         captions, encoder = self.dataset.captions, self.diffusion.text_encoder
@@ -206,9 +210,10 @@ class Trainer(TrainingLoop):
         return self.diffusion.shrink(self.clips.floats(torch.stack(clips)))
 
     def config(self) -> dict:
-        return self.diffusion.config()
+        return {**self.diffusion.config(), **({'lora': self.lora} if self.lora else {})}
 
     def has_config(self, config: dict) -> bool:
+        check_lora(self.lora, config.get('lora'))
         return self.diffusion.has_config(config)
 
     def state_dict(self) -> dict:

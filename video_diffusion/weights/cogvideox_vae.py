@@ -8,14 +8,14 @@ The networks are the same, only the names differ; the two tables below are the w
 read with `weights_only=True` or as safetensors (`pip install safetensors`), so nothing in them is executed.
 """
 
-import json
 import re
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint
 from ..vae.causal_vae import CausalVAE
+from .files import load_renamed, read_config, read_safetensors, read_sat, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter; the first line is true of both projects.
 SHARED = [
@@ -84,11 +84,8 @@ def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: 
 
 def causal_vae_from_sat(path: str | Path, time_compression: int = 4) -> CausalVAE:
     """CogVideoX's `3d-vae.pt`. Its configuration is read off the shapes, all but `time_compression`."""
-    saved = checkpoint.load(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get('state_dict'), dict):
-        raise ValueError(f"{path} holds no 'state_dict': expected a checkpoint like CogVideoX's 3d-vae.pt")
+    state = {name: value for name, value in read_sat(path, "CogVideoX's 3d-vae.pt").items() if not name.startswith('loss.')}
     with checkpoint.blaming(path):
-        state = {name: value for name, value in saved['state_dict'].items() if not name.startswith('loss.')}
         try:
             config = sat_config(state) | {'time_compression': time_compression}
         except KeyError as error:
@@ -118,67 +115,3 @@ def sat_name(name: str, vae: CausalVAE) -> str:
     last = len(vae.decoder.levels) - 1
     name = re.sub(r'decoder\.levels\.(\d+)', lambda match: f'decoder.levels.{last - int(match[1])}', name)
     return renamed(name, TO_SAT)
-
-
-def renamed(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def load_renamed(vae: nn.Module, state: dict[str, Tensor], their_name, path: str | Path) -> nn.Module:
-    """Strict, see `checkpoint.fill`; their_name(name, vae) is what the file calls the parameter that we call `name`."""
-    return checkpoint.fill(vae, state, path, lambda name: their_name(name, vae))
-
-
-def safetensors():
-    try:
-        import safetensors.torch  # an extra: imported only where it is used
-    except ImportError as error:
-        raise ImportError('the files of diffusers need safetensors: pip install "video_diffusion[weights]"') from error
-    return safetensors.torch
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    load_file = safetensors().load_file
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f'there is no file or folder {path}')
-    files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
-    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
-    if index:                                            # sharded: the index says which files belong together
-        with checkpoint.blaming(index[0]):
-            names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
-            if odd := [name for name in names if Path(name).name != name or not name.endswith('.safetensors')]:
-                raise ValueError(f'it names {odd[0]!r:.100}: expected .safetensors files, which must lie beside it')
-        files = [path / name for name in names]
-    if len(files) == 0 or (len(files) > 1 and not index):
-        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
-                                'give the path of one file')
-    state = {}
-    for file in files:
-        with checkpoint.blaming(file):
-            state |= load_file(file)
-    return state
-
-
-def read_config(path: str | Path, class_name: str, fixed: dict) -> dict:
-    """The config.json that lies in a folder or beside a file; only what `class_name` and `fixed` say can be read."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not (folder / 'config.json').is_file():
-        raise FileNotFoundError(f'{folder} holds no config.json: give the folder that save_pretrained wrote')
-    with checkpoint.blaming(folder / 'config.json'):
-        config = json.loads((folder / 'config.json').read_text())
-        other = {key: config[key] for key, value in fixed.items() if config.get(key, value) != value}
-        if config.get('_class_name') != class_name or other:
-            raise ValueError(f"it describes {config.get('_class_name')} with {other}: only {class_name} with {fixed} can be read")
-    return config
-
-
-def write_pretrained(folder: str | Path, state: dict[str, Tensor], config: dict):
-    save_file = safetensors().save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.cpu().contiguous() for name, value in state.items()}
-    save_file(state, folder / 'diffusion_pytorch_model.safetensors', metadata={'format': 'pt'})
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..vae.temporal_vae import TemporalVAE
-from .cogvideox_vae import load_renamed, read_config, read_safetensors, renamed, write_pretrained
+from .files import load_renamed, read_config, read_safetensors, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [
