@@ -73,7 +73,8 @@ TO_SAT = [
 ]
 SAT_PIECES = [
     (r'transformer\.layers\.\d+\.attention\.query_key_value', ('q', 'k', 'v')),
-    (r'mixins\.adaln_layer\.adaLN_modulations\.\d+\.1', ('video_attention', 'video_feed_forward', 'text_attention', 'text_feed_forward')),
+    (r'mixins\.adaln_layer\.adaLN_modulations\.\d+\.1',
+     ('video_attention', 'video_feed_forward', 'text_attention', 'text_feed_forward')),
 ]
 SAT_PREFIX = 'model.diffusion_model.'      # beside it, in files that training has left, the VAE and all of T5
 SAT_UNUSED = r'mixins\.pos_embed\.freqs_(sin|cos)|transformer\.position_embeddings\.weight'       # computed, or never looked at
