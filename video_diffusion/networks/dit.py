@@ -203,12 +203,11 @@ class DiT(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-        norms = [norm for block in self.blocks for norm in (block.attention_norm, block.feed_forward_norm)]
-        told = [layer for norm in norms for layer in (norm.for_video, norm.for_text)]
-        for layer in (*told, self.final_modulation, self.to_patches):
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        told = [norm for block in self.blocks for norm in (block.attention_norm, block.feed_forward_norm)]
+        gates = [layer for norm in told for layer in (norm.for_video, norm.for_text) if layer is not None]
+        for layer in (*gates, self.final_modulation, self.to_patches):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,

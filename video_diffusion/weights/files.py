@@ -34,12 +34,12 @@ def load_renamed(network: nn.Module, state: dict[str, Tensor], their_name: Calla
 
 
 def cut(state: dict[str, Tensor], table: Pieces) -> dict[str, Tensor]:
-    """What is one layer there and several here: `qkv.weight` -> `qkv.q.weight`, `qkv.k.weight`, `qkv.v.weight`; no copies."""
+    """What is one layer there and several here: `qkv.weight` -> `qkv.q.weight`, `qkv.k.weight`, ... Nothing is copied."""
     pieces = {}
     for name, value in state.items():
         layer, _, kind = name.rpartition('.')
-        parts = next((parts for pattern, parts in table if re.fullmatch(pattern, layer)), None)
-        pieces |= {f'{layer}.{part}.{kind}': rows for part, rows in zip(parts, value.chunk(len(parts)))} if parts else {name: value}
+        parts = next((parts for pattern, parts in table if re.fullmatch(pattern, layer)), ())
+        pieces |= {f'{layer}.{part}.{kind}': rows for part, rows in zip(parts, value.chunk(len(parts) or 1))} or {name: value}
     return pieces
 
 
