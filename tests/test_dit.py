@@ -8,8 +8,7 @@ import torch
 from video_diffusion import DiT, GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, shapes
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.distributed import Processes
-from video_diffusion.networks import network_from_config
-from video_diffusion.networks.dit import DiTBlock
+from video_diffusion.networks import BLOCKS, network_from_config
 from video_diffusion.networks.positions import rope, sincos, step_waves, turn
 from video_diffusion.weights.cogvideox_dit import diffusers_name, diffusers_pieces, dit_config
 
@@ -325,10 +324,11 @@ def test_a_run_is_trained_saved_and_built_again(tmp_path):
     assert torch.equal(a, b)
     other = GaussianDiffusion(Unet3D(8), image_size=16, num_frames=2, timesteps=10, objective='v', text_encoder=WordEncoder(8))
     assert not again.has_config(other.config()) and not other.has_config(again.config())
+    assert not again.has_config({**again.config(), 'dit': {**dit.config, 'patch': 2}})
 
 
 def test_a_checkpoint_says_which_network_it_holds():
     unet, dit = (network_from_config(config) for config in ({'unet': dict(dim=8)}, {'dit': dict(dim=32, dim_head=16)}))
-    assert isinstance(unet, Unet3D) and isinstance(dit, DiT) and isinstance(dit.blocks[0], DiTBlock)
+    assert isinstance(unet, Unet3D) and isinstance(dit, DiT) and isinstance(dit.blocks[0], BLOCKS)
     with pytest.raises(ValueError, match='a network of your own'):
         network_from_config(GaussianDiffusion(torch.nn.Identity(), image_size=8, num_frames=2).config())
