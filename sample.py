@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
-from video_diffusion.data.dataset import resize_and_crop
-from video_diffusion.data.gif import read_frames
+from video_diffusion.data.folder import read_clip
+from video_diffusion.data.frames import resize_and_crop
 from video_diffusion.diffusion.known_frames import WAYS
 from video_diffusion.diffusion.latent import LatentDiffusion, diffusion_from_state
 from video_diffusion.diffusion.samplers import SAMPLERS
@@ -103,7 +103,7 @@ def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes
 @torch.no_grad()
 def reconstruct(vae, args: argparse.Namespace) -> None:
     """The clip, cut to a size that fits the VAE, and what is left of it after the latents."""
-    clip = read_frames(args.reconstruct, vae.config['in_channels'])                    # c f h w
+    clip = read_clip(args.reconstruct, vae.config['in_channels'])                    # c f h w
     frames, height, width = clip.shape[1:]
     unit = vae.space_compression
     size = [max(unit, side // unit * unit) for side in (height, width)]
@@ -139,7 +139,7 @@ def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | L
         if args.known is not None or args.known_by is not None:
             raise ValueError('--known and --known-by say what to do with --first-frames: give that too')
         return None
-    clip = resize_and_crop(read_frames(args.first_frames, diffusion.channels), (diffusion.height, diffusion.width))
+    clip = read_clip(args.first_frames, diffusion.channels, size=(diffusion.height, diffusion.width))
     most = min(clip.shape[1], diffusion.num_frames - 1)
     lengths = diffusion.whole_lengths() if isinstance(diffusion, LatentDiffusion) else range(1, diffusion.num_frames)
     half = max((n for n in lengths if n <= min(most, diffusion.num_frames // 2)), default=1)
@@ -158,7 +158,7 @@ def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | Latent
                          'was not trained with --low-res: it has no use for a small clip'))
     if factor is None:
         return None
-    clip = resize_and_crop(read_frames(args.low_res, diffusion.channels), (diffusion.height // factor, diffusion.width // factor))
+    clip = read_clip(args.low_res, diffusion.channels, size=(diffusion.height // factor, diffusion.width // factor))
     return clip[None, :, :diffusion.num_frames].float() / 255
 
 

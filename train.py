@@ -28,7 +28,7 @@ from video_diffusion import (
     shapes,
     video_tensor_to_gif,
 )
-from video_diffusion.data.dataset import CLIPS, IMAGES, find_clips, read_captions
+from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.diffusion.latent import LatentDiffusion, latent_shape
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.samplers import SAMPLERS
@@ -178,7 +178,7 @@ def main() -> None:
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
-    folder = args.folder or toy_world(args, processes)
+    folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     trainer = (vae_trainer if args.stage == 'vae' else diffusion_trainer)(args, folder, processes)
     if args.resume:
@@ -218,7 +218,7 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
 
 
-def clip_size(args: argparse.Namespace, folder: str | Path, multiple: int) -> tuple[int, int, int]:
+def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
     """Frames, height and width to train on: as the flags say, or like the clips."""
     frames, height, width = like_the_clips(folder, args.max_frames, args.max_size, multiple)
     if isinstance(args.image_size, int):
@@ -234,7 +234,7 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
         print(f'{size[0]} frames of {size[1]}x{size[2]}, {weights / 1e6:.1f} million weights, on {processes.device}')
 
 
-def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> Trainer:
+def diffusion_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
     if args.cache_latents and not args.vae:
         raise ValueError('--cache-latents: there are latents only with a VAE, so give --vae too')
     if args.low_res is not None and (not args.vae or args.known_frames):
@@ -247,8 +247,7 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     if vae and args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
-    files = find_clips(folder, CLIPS + IMAGES if args.images else CLIPS)
-    captioned = not args.unconditional and read_captions(files) is not None
+    captioned = not args.unconditional and folder.captions is not None
     encoder = WordEncoder() if captioned else None
     unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
@@ -279,7 +278,7 @@ def vae_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
-def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:
+def vae_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:
     if args.init:
         source = causal_vae_from_sat(args.init) if Path(args.init).suffix == '.pt' else causal_vae_from_diffusers(args.init)
         vae = CausalVAE(**source.config)

@@ -13,8 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 import video_diffusion.data.dataset as dataset_module
-from video_diffusion.data.dataset import ClipStream, GifDataset, batches, clip_shape, resize_and_crop
-from video_diffusion.data.gif import gif_to_tensor, read_frames, video_tensor_to_gif
+from video_diffusion.data.dataset import ClipStream, GifDataset, batches
+from video_diffusion.data.folder import ClipFolder, read_clip
+from video_diffusion.data.frames import resize_and_crop
+from video_diffusion.data.gif import gif_to_tensor, video_tensor_to_gif
 
 
 def save(path, frames=4, height=8, width=8, seed=0):
@@ -86,10 +88,10 @@ def test_long_clips_are_cut_short_ones_stand_still(tmp_path):
 
 def test_only_needed_frames_are_decoded(folder, monkeypatch):
     asked = []
-    spy = lambda *a, **k: asked.append(k) or read_frames(*a, **k)
-    monkeypatch.setattr(dataset_module, 'read_frames', spy)
+    spy = lambda *a, **k: asked.append(k) or read_clip(*a, **k)
+    monkeypatch.setattr(dataset_module, 'read_clip', spy)
     GifDataset(folder, 8, num_frames=2)[0]
-    assert asked == [{'num_frames': 2}]
+    assert asked == [{'num_frames': 2, 'start': 0, 'fps': None, 'size': (8, 8)}]
 
 
 def test_random_window(tmp_path):
@@ -291,8 +293,8 @@ def test_the_last_clip_is_replaced_by_the_first_and_none_is_an_error(folder):
 
 def test_cache_keeps_to_its_budget(folder, monkeypatch):
     reads = []
-    spy = lambda *a, **k: reads.append(a) or read_frames(*a, **k)
-    monkeypatch.setattr(dataset_module, 'read_frames', spy)
+    spy = lambda *a, **k: reads.append(a) or read_clip(*a, **k)
+    monkeypatch.setattr(dataset_module, 'read_clip', spy)
     one = 3 * 4 * 8 * 8
     for budget, cached in [(0, 0), (one - 1, 0), (one, 1), (3 * one + 5, 3), (5 * one, 5), (2**30, 5)]:
         reads.clear()
@@ -397,11 +399,9 @@ def test_workers_share_the_budget(varied, monkeypatch):
     class Worker:
         num_workers = 4
     monkeypatch.setattr(dataset_module, 'get_worker_info', lambda: Worker)
-    one = varied.frames(0).nbytes
-    varied.cache.clear()
-    varied.cached_bytes, varied.cache_bytes = 0, 8 * one
+    varied.cache_bytes = 8 * varied.read(0, 0, None).nbytes
     for i in range(7):
-        varied.frames(i)
+        varied.clip(i)
     assert len(varied.cache) == 2
 
 
@@ -421,8 +421,8 @@ def test_clip_shape(tmp_path):
     for i, (frames, height, width) in enumerate([(5, 8, 20), (9, 10, 12), (7, 30, 16)]):
         save(tmp_path / f'{i}.gif', frames, height, width)
     (tmp_path / '9.gif').write_bytes(b'')
-    assert clip_shape(tmp_path) == (7, 8, 12)
+    assert ClipFolder(tmp_path).shape() == (7, 8, 12)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty' / 'a.gif').touch()
     with pytest.raises(ValueError, match='none of the 1 clips'):
-        clip_shape(tmp_path / 'empty')
+        ClipFolder(tmp_path / 'empty').shape()

@@ -164,7 +164,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(clips, tmp_path):
 def test_cached_latents_train_like_the_clips(clips, tmp_path, monkeypatch):
     soften(make_trainer(clips, tmp_path / 'clips')).train()
     soften(make_trainer(clips, tmp_path / 'cached', latent_cache=tmp_path / 'latents', train_num_steps=2)).train()
-    monkeypatch.setattr(GifDataset, 'frames', lambda *args: pytest.fail('pixels were touched'))
+    monkeypatch.setattr(GifDataset, 'read', lambda *args: pytest.fail('pixels were touched'))
     monkeypatch.setattr(CausalVAE, 'encode', lambda *args: pytest.fail('a clip was encoded again'))
     trainer = make_trainer(clips, tmp_path / 'cached', latent_cache=tmp_path / 'latents')
     trainer.load(-1)

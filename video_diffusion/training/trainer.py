@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.dataset import CLIPS, IMAGES, GifDataset, seeded_generator
+from ..data.dataset import GifDataset, seeded_generator
+from ..data.folder import CLIPS, IMAGES
 from ..data.gif import video_tensor_to_gif
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
