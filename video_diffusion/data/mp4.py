@@ -72,15 +72,16 @@ def video_shape(path) -> tuple[int, float, int, int]:
 @contextmanager
 def opened(path) -> Iterator[tuple]:
     """The file and its first film; damage is not hidden, and nothing else is opened."""
-    options = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
-    with import_av().open(f'file:{path}', container_options=options) as container:
+    limits = {'err_detect': 'explode', 'max_pixels': str(MAX_PIXELS)}
+    whitelists = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
+    with import_av().open(f'file:{path}', options=limits, container_options=whitelists) as container:
         if not container.streams.video:
             raise ValueError('there is no film in it')
         stream = container.streams.video[0]
         check_size(stream.codec_context.height, stream.codec_context.width)
         if not stream.average_rate:
             raise ValueError('it does not say how many frames per second it has')
-        stream.codec_context.options = {'err_detect': 'explode', 'max_pixels': str(MAX_PIXELS)}
+        stream.codec_context.options = limits
         stream.codec_context.thread_count = 1                               # the clips of a batch are read at once, by workers
         yield container, stream
 
@@ -102,7 +103,7 @@ def timed_frames(path, container, stream, begin: float) -> Iterator[tuple]:
     for packet in container.demux(stream):
         frames = decode(packet)
         if frames is None:
-            damaged_at = packet.pts or packet.dts or 0
+            damaged_at, lost = packet.pts or packet.dts or 0, lost + 1
         for frame in frames or []:
             now = frame.pts if frame.pts is not None else frame.dts or 0
             if damaged_at is not None and not (frame.key_frame and now >= damaged_at):
@@ -111,8 +112,8 @@ def timed_frames(path, container, stream, begin: float) -> Iterator[tuple]:
             damaged_at = None
             end = float((now + (frame.duration or 0) - offset) * unit)
             yield float((now - offset) * unit), frame
-    if lost or damaged_at is not None:
-        warnings.warn(f'{path} is damaged: {lost or "some"} frames were left out')
+    if lost:
+        warnings.warn(f'{path} is damaged: {lost} frames were left out')
     yield end, None
 
 
