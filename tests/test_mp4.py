@@ -194,7 +194,7 @@ def test_scaled_on_the_way(tmp_path):
 
 
 def test_damaged_frames_are_left_out_with_one_warning(tmp_path):
-    film(tmp_path / 'a.mp4', count=40, key_every=8, bframes=0, noise=20)
+    film(tmp_path / 'a.mp4', count=40, key_every=8, bframes=0, noise=20, height=64, width=96)
     whole = video_to_tensor(tmp_path / 'a.mp4')
     with av.open(str(tmp_path / 'a.mp4')) as container:
         places = [packet.pos for packet in container.demux(video=0) if packet.size]

@@ -8,7 +8,7 @@ A reader (gif.py, mp4.py) turns a file into a stream of (seconds, picture), clos
     collect    bytes (c f h w)
 
 Files come from anywhere.  Whatever goes wrong inside one ends as one ValueError that names it, and limits keep a small file from
-filling the memory: a picture has up to 2^25 pixels (8K film), the frames that are kept up to 512 MB.
+filling the memory: a picture has up to 2^25 pixels (8K film), a GIF 2^23 (4K), and the frames that are kept up to 512 MB.
 """
 
 import math
@@ -111,9 +111,10 @@ def grey(rgb: np.ndarray) -> np.ndarray:
     return (rgb @ np.array([19595, 38470, 7471], np.uint32) + 0x8000 >> 16)[..., None].astype(np.uint8)
 
 
-def check_size(height: int, width: int) -> Size:
-    if not 0 < height * width <= MAX_PIXELS:                                # damage must not fill the memory
-        raise ValueError(f'it claims {width} x {height} pixels, and up to {MAX_PIXELS} are read')
+def check_size(height: int, width: int, most: int | None = None) -> Size:
+    most = most or MAX_PIXELS
+    if not 0 < height * width <= most:                                      # damage must not fill the memory
+        raise ValueError(f'it claims {width} x {height} pixels, and up to {most} are read')
     return height, width
 
 

@@ -36,6 +36,7 @@ from .frames import CHANNELS, Size, check_request, check_size, collect, fit, gre
 GREYS = np.array([(i, i, i, 255) for i in range(256)], np.uint8).view(np.uint32)[:, 0]  # the default palette
 END, EXTENSION, IMAGE = 0x3B, 0x21, 0x2C        # the first byte of each kind of block
 GRAPHIC_CONTROL = 0xF9                          # the extension with disposal and transparency
+MAX_CANVAS = 2**23                              # pixels: those of a 4K film, and no GIF is so large
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')        # of pictures: others would let Pillow start other programs
 
 # ------------------------------------------------------------------------------------- reading
@@ -93,7 +94,7 @@ def gif_frames(data: bytes, channels: int) -> Iterator[tuple[float, np.ndarray |
     whole, now = 0, 0.
     try:
         width, height, flags = struct.unpack('<HHB', data[6:11])
-        canvas = np.zeros(check_size(height, width), np.uint32)
+        canvas = np.zeros(check_size(height, width, MAX_CANVAS), np.uint32)
         data[13 + palette_bytes(flags)]                                     # IndexError if it is cut before
         global_palette = read_palette(data, 13, flags, channels, default=GREYS)
         for start, end, disposal, transparent, seconds in image_blocks(data):
@@ -101,7 +102,7 @@ def gif_frames(data: bytes, channels: int) -> Iterator[tuple[float, np.ndarray |
             palette = read_palette(data, start + 9, own_flags, channels, default=global_palette)
             lzw = start + 9 + palette_bytes(own_flags)
             interlaced, code_size = bool(own_flags & 64), data[lzw]
-            sticker = Image.frombytes('L', check_size(h, w)[::-1], data[lzw + 1:end], 'gif', code_size, interlaced, -1)
+            sticker = Image.frombytes('L', check_size(h, w, MAX_CANVAS)[::-1], data[lzw + 1:end], 'gif', code_size, interlaced, -1)
             indices = np.asarray(sticker)[:max(0, height - y), :max(0, width - x)]  # what lies on the canvas
             below = canvas[y:y + h, x:x + w]
             before = below.copy() if disposal == 3 else 0                   # what comes back, or wipes it
@@ -161,13 +162,14 @@ def skip_blocks(data: bytes, position: int) -> int:
 
 def other_frames(data: bytes, channels: int, size: Size | None) -> Iterator[tuple[float, np.ndarray | None]]:
     """The same for other pictures: WebP, APNG, or a still one as a clip of one frame."""
-    image, now = open_picture(data), 0.
-    if size is not None:
+    image, now, shrink = open_picture(data), 0., 1
+    if size is not None:                                                    # large photos: fast and roughly to twice the size
         image.draft(None, (2 * size[1], 2 * size[0]))                       # a JPEG can be decoded smaller than it is
+        shrink = max(1, min(image.height // (2 * size[0]), image.width // (2 * size[1])))
     check_size(image.height, image.width)
     # A JPEG with more than one picture is not a film: phones put a small copy behind the large one.
     for frame in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
-        rgba = frame.convert('RGBA')
+        rgba = (frame if frame.mode == 'RGBA' else frame.convert('RGBA')).reduce(shrink)
         on_black = Image.composite(rgba, Image.new('RGBA', rgba.size), rgba.getchannel('A'))
         if channels == 1:
             on_black = on_black.convert('L').convert('RGBA')
