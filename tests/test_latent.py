@@ -205,6 +205,18 @@ def test_the_cache_goes_on_where_it_stopped_and_knows_what_it_holds(clips, tmp_p
         LatentCache(GifDataset(clips, SIZE), GaussianDiffusion(Unet3D(8), image_size=16, num_frames=5), tmp_path, CPU)
 
 
+def test_the_cache_reads_a_clip_once_and_keeps_no_pixels(clips, tmp_path, monkeypatch):
+    reads, read = [], GifDataset.read
+    monkeypatch.setattr(GifDataset, 'read', lambda self, index, *how: reads.append(index) or read(self, index, *how))
+    for budget in (2**30, 100):
+        reads.clear()
+        dataset = GifDataset(clips, SIZE, num_frames=FRAMES, cache_bytes=budget)
+        LatentCache(dataset, make(), tmp_path / str(budget), CPU)
+        assert sorted(reads) == list(range(6)) and not dataset.cache
+    parts = LatentCache(GifDataset(clips, SIZE, num_frames=FRAMES - 2, clips_per_video=2), make(frames=FRAMES - 2), tmp_path / 'parts', CPU)
+    assert len(parts) == 12 and not torch.equal(parts.clip(0), parts.clip(1))
+
+
 def test_two_processes_draw_what_one_draws_for_twice_the_batch(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, make(captions=True, told=0.5))
     whole = trainer.draw(7, 4, 0.)

@@ -20,10 +20,12 @@ wish, that the p-th clip of the sequence depends on p and the seed alone:
         ...
 """
 
+import atexit
 import hashlib
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Iterator
 from copy import copy
 from itertools import count
@@ -266,16 +268,25 @@ def batches(dataset: GifDataset, batch_size: int, *, seed: int = 0, start: int =
     loader = DataLoader(
         ClipStream(dataset, seed),
         batch_sampler=(range(first, first + batch_size) for first in first_positions),
-        num_workers=num_workers, collate_fn=stack_clips, pin_memory=pin_memory, worker_init_fn=ignore_signals,
+        num_workers=num_workers, collate_fn=stack_clips, pin_memory=pin_memory,
         generator=torch.Generator(),                        # else it would draw from the global one, unasked
     )
-    return iter(loader)
+    return start_deaf(loader) if num_workers else iter(loader)
 
 
-def ignore_signals(_worker: int) -> None:
-    """Ctrl-C, the end of a batch job and a closed terminal reach all processes; the main one saves, and needs us to do so."""
-    for name in {'SIGINT', 'SIGTERM', 'SIGHUP'} & set(dir(signal)):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+def start_deaf(loader: DataLoader) -> Iterator:
+    """The loader's iterator.  Ctrl-C, the end of a batch job and a closed terminal reach all processes: the main one then
+    saves, and for that needs workers that go on.  They inherit which signals are blocked, so at no moment do they hear one."""
+    if hasattr(signal, 'pthread_sigmask'):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        iterator = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        iterator = iter(loader)
+    # At its end Python sends its children SIGTERM and waits for them, for ever: before that, ours are told in another way.
+    alive = weakref.ref(iterator)
+    atexit.register(lambda: alive() is not None and alive()._shutdown_workers())
+    return iterator
 
 
 def stack_clips(clips: list):
