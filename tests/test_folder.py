@@ -149,11 +149,15 @@ def test_a_hostile_file_takes_no_gigabyte(tmp_path, kind):
         (tmp_path / 'a.gif').write_bytes(head + sticker * 2 + b';')
     else:
         Image.new('RGBA', (8192, 4096)).save(tmp_path / 'a.png', compress_level=1)
-    code = (f'import resource; from video_diffusion.data.folder import read_clip; read_clip({str(tmp_path / f"a.{kind}")!r}, size=(16, 16)); '
-            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+    code = f"""
+from resource import RUSAGE_SELF, getrusage
+from video_diffusion.data.folder import read_clip
+before = getrusage(RUSAGE_SELF).ru_maxrss
+read_clip({str(tmp_path / f"a.{kind}")!r}, size=(16, 16))
+print(getrusage(RUSAGE_SELF).ru_maxrss - before)
+"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    print(done.stdout)
-    assert int(done.stdout) < 1e6                                           # kilobytes
+    assert int(done.stdout) < 5e5                                           # kilobytes, beyond those of PyTorch
 
 
 def test_every_damage_of_a_picture_is_the_one_error(tmp_path):
