@@ -18,7 +18,7 @@ from video_diffusion_pytorch import GaussianDiffusion, Unet3D
 from video_diffusion_pytorch.video_diffusion_pytorch import Dataset
 
 from video_diffusion import shapes, video_tensor_to_gif
-from video_diffusion.training.script import keep_freed_memory
+from video_diffusion.training.memory import keep_freed_memory
 
 
 def main():

@@ -25,12 +25,13 @@ def build(kind, seed=0):
     return GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
 
 
-def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, steps=4):
+def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, steps=4, muon_lr=None):
     diffusion = build(kind, seed=processes.rank)             # all are to begin with the weights of the main process
     return soften(Trainer(
         diffusion, clips, train_batch_size=4 // processes.world_size, gradient_accumulate_every=2, train_num_steps=steps,
         train_lr=1e-3, step_start_ema=1, update_ema_every=1, ema_decay=0.5, max_grad_norm=0.1, save_and_sample_every=2,
-        num_sample_rows=1, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard))
+        num_sample_rows=1, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard,
+        muon_lr=muon_lr))
 
 
 def train(processes, clips, results, settings):
@@ -40,10 +41,11 @@ def train(processes, clips, results, settings):
     if resume:
         trainer.load(-1)
     trainer.train()
-    states = trainer.optimizer.state.values()
+    states = [state for state in trainer.optimizer.state.values() if 'exp_avg' in state]
+    momenta = [state['momentum'] for state in trainer.optimizer.state.values() if 'momentum' in state]
     shares = []
     for tensors in (trainer.optimizer.param_groups[0]['params'], trainer.ema.average.values(),
-                    [state['exp_avg'] for state in states], [state['exp_avg_sq'] for state in states]):
+                    [state['exp_avg'] for state in states] + momenta, [state['exp_avg_sq'] for state in states]):
         held = [own(tensor).untyped_storage() for tensor in tensors]                      # all that a view keeps alive, too
         shares.append(sum(storage.nbytes() for storage in held) / sum(4 * tensor.numel() for tensor in tensors))
     return shares
@@ -152,3 +154,11 @@ def test_what_is_not_finite_in_one_process_stops_all(run_on, clips, tmp_path):
 def test_fusing_and_sharding_are_not_for_one_run(clips, tmp_path):
     with pytest.raises(ValueError, match='shard=True borrows weights .* leave out one'):
         Trainer(build('plain'), clips, results_folder=tmp_path, shard=True, compile=True, processes=CPU)
+
+
+def test_muon_makes_of_shares_the_step_that_it_makes_of_the_whole(train_on, tmp_path):
+    train_on(1, tmp_path / 'whole', muon_lr=0.01)
+    train_on(2, tmp_path / 'shards', muon_lr=0.01, shard=True, steps=2)
+    for share in train_on(2, tmp_path / 'shards', muon_lr=0.01, shard=True, resume=True):
+        assert share == pytest.approx([0.5] * 4, abs=0.05)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'shards')

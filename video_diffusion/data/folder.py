@@ -24,8 +24,8 @@ from statistics import median
 from torch import Tensor
 
 from .frames import count_frames, naming
-from .gif import picture_shape, read_frames
-from .mp4 import import_av, read_video, video_shape
+from .gif import picture_shape, read_frames, video_tensor_to_gif
+from .mp4 import import_av, read_video, video_shape, video_tensor_to_mp4
 
 VIDEOS = ('mp4', 'webm', 'mov', 'mkv', 'avi')
 CLIPS, IMAGES = ('gif', *VIDEOS), ('png', 'jpg', 'jpeg')
@@ -37,6 +37,14 @@ VIDEO_BOXES = (b'ftyp', b'moov', b'mdat', b'wide', b'free', b'skip')        # mp
 def read_clip(path, channels: int = 3, **how) -> Tensor:
     """Bytes (c f h w) of any file that may be a clip; `how` is what read_frames in gif.py takes."""
     return (read_video if is_video(path) else read_frames)(path, channels, **how)
+
+
+def write_clip(video: Tensor, path, fps: float) -> None:
+    """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends."""
+    if is_video(path):
+        video_tensor_to_mp4(video, path, fps)
+    else:
+        video_tensor_to_gif(video, path, duration=round(1000 / fps))
 
 
 def clip_shape(path) -> tuple[int, float, int, int]:

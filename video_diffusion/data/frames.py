@@ -118,7 +118,7 @@ def check_size(height: int, width: int, most: int | None = None) -> Size:
     return height, width
 
 
-def check_request(channels: int, fps: float | None = None, start: int = 0, num_frames: int | None = None) -> None:
+def check_request(channels: int = 3, fps: float | None = None, start: int = 0, num_frames: int | None = None) -> None:
     if channels not in CHANNELS:
         raise ValueError(f'channels={channels}: give 1 (grey), 3 (RGB) or 4 (RGBA)')
     if fps is not None and not 0 < fps <= 1000:

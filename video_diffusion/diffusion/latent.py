@@ -11,7 +11,7 @@ None the first clips of the training are measured; 1.15258426 is that of CogVide
     >>> vae = CausalVAE(latent_channels=4, dim=32, dim_mults=(1, 2, 2), time_compression=2)
     >>> channels, frames, *size = latent_shape(vae, num_frames=9, image_size=(32, 32))
     >>> inner = GaussianDiffusion(Unet3D(dim=64, channels=channels), channels=channels, num_frames=frames,
-    ...                           image_size=tuple(size), latents=True)
+    ...                           image_size=tuple(size), latents=True, objective='v')
     >>> diffusion = LatentDiffusion(inner, vae, num_frames=9)
     >>> loss = diffusion(torch.rand(2, 3, 9, 32, 32))               # from here on like a GaussianDiffusion of pixels
     >>> videos = diffusion.sample(batch_size=2, steps=50, sampler='ddim')
@@ -35,12 +35,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..checks import video_shape
 from ..vae.frame_shares import has_special_first_frame
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames
 from .gaussian_diffusion import GaussianDiffusion
 from .latent_cache import Encoded, fingerprint
+from .sampling import Sampling
 
 CLIPS_TO_MEASURE = 64
 
@@ -145,7 +147,11 @@ class LatentDiffusion(nn.Module):
             posterior = clip.posterior if isinstance(clip, Encoded) else self.posterior(clip)
             first += posterior.mean.double().mean() / count                              # E z and E z^2
             second += (posterior.mean.double() ** 2 + posterior.var).mean() / count
-        self.scale.copy_((second - first ** 2) ** -0.5)
+        scale = (second - first ** 2) ** -0.5
+        if not scale.isfinite():
+            raise ValueError(f'the VAE makes latents of {count} clips whose standard deviation is {1 / scale.item()}: its weights '
+                             'are NaN, or it was never trained; give another')
+        self.scale.copy_(scale)
 
     def check_scale(self) -> None:
         self.has_scale = self.has_scale or not self.scale.isnan().item()
@@ -197,8 +203,8 @@ class LatentDiffusion(nn.Module):
         image: Tensor | None = None,                  # (b c h w): how the videos begin; one is enough for all. Or:
         first_frames: Tensor | None = None,           # (b c k h w): several of them
         low_res: Tensor | None = None,                # (b c f h/low_res w/low_res): the videos, small; one is enough for all
-        known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
-        **sampling,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
+        known_by: str | None = None,                  # as in Sampling
+        **settings,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
     ) -> Tensor:
         """Videos (b c f h w) in [0, 1]; with `return_all` the whole way to them, decoded (steps + 1, b c f h w)."""
         self.check_scale()
@@ -209,18 +215,18 @@ class LatentDiffusion(nn.Module):
             first_frames = image.unsqueeze(2)
         if first_frames is not None:
             known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
-            sampling['known'], sampling['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
+            settings['known'], settings['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
         if self.low_res or low_res is not None:
             self.check_low_res(low_res, alone=first_frames is None)
-            sampling['known'] = self.posterior(self.enlarge(low_res.to(self.scale.device))).mean * self.scale
-            sampling['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
-        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **sampling)
+            settings['known'] = self.posterior(self.enlarge(low_res.to(self.scale.device))).mean * self.scale
+            settings['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
+        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **settings)
         return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
 
     def sample_long(
         self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
         *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
-        seed: int | None = None, **sampling,
+        negative: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True, **settings,
     ) -> Tensor:
         """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
         if self.low_res:
@@ -228,8 +234,23 @@ class LatentDiffusion(nn.Module):
         if overlap is None:
             overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
         return known_frames.window_by_window(
-            lambda *args, **kwargs: self.sample(*args, **kwargs, **sampling), self.num_frames, num_frames, cond, cond_scale,
-            batch_size, overlap=overlap, later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
+            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
+            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
+
+    def ddim_invert(self, video: Tensor, cond: Tensor | Sequence[str] | None = None, **how) -> Tensor:
+        """As GaussianDiffusion.ddim_invert: the noise (b c f h w) of the latents of a video."""
+        return self.diffusion.ddim_invert(self.latents(video), cond, **how)
+
+    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **how) -> Tensor:
+        """As GaussianDiffusion.interpolate: a video between two, by way of their latents."""
+        return self.decode(self.diffusion.interpolate(self.latents(x1), self.latents(x2), t, lam, **how))
+
+    @torch.no_grad()
+    def latents(self, video: Tensor) -> Tensor:
+        """The most likely latents of a video (b c f h w), scaled."""
+        self.check(video)
+        self.check_scale()
+        return self.posterior(video).mean * self.scale
 
     def whole_lengths(self) -> list[int]:
         """How many first frames of a video are whole latent frames."""
@@ -256,10 +277,7 @@ class LatentDiffusion(nn.Module):
         return known, torch.arange(self.diffusion.num_frames) < z.shape[2]
 
     def check(self, video: Tensor) -> None:
-        expected = (self.channels, self.num_frames, self.height, self.width)
-        if video.ndim != 5 or video.shape[1:] != expected:
-            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
-                             'that is (batch, channels, num_frames, height, width)')
+        video_shape(video, self.channels, self.num_frames, self.height, self.width)
 
     def check_low_res(self, low_res: Tensor | None, alone: bool) -> None:
         if not self.low_res:
@@ -284,17 +302,20 @@ class LatentDiffusion(nn.Module):
             mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames', 'low_res'))
 
     @classmethod
-    def from_config(cls, config: dict) -> 'LatentDiffusion':
+    def from_config(cls, config: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
         latent = config['latent']
-        return cls(GaussianDiffusion.from_config(config), vae_from_config(latent['vae']),
+        return cls(GaussianDiffusion.from_config(config, text_encoder), vae_from_config(latent['vae']),
                    **{name: latent.get(name) for name in ('num_frames', 'max_batch', 'chunk', 'low_res')})
 
     @classmethod
-    def from_state(cls, state: dict) -> 'LatentDiffusion':
-        """The trained model, with its averaged weights, from what a Trainer saved."""
-        diffusion = cls.from_config(state['config'])
-        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
-        return diffusion
+    def from_checkpoint(cls, path: str | Path) -> 'LatentDiffusion':
+        """The trained model from a checkpoint file, or from the newest one of a results folder."""
+        return cls.from_state(checkpoint.load_run(path))
+
+    @classmethod
+    def from_state(cls, state: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
+        return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
 
 def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -304,13 +325,13 @@ def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -
     return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
 
 
-def diffusion_from_state(state: dict) -> GaussianDiffusion | LatentDiffusion:
+def diffusion_from_state(state: dict, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """Whatever diffusion model a Trainer saved, with its averaged weights."""
     if 'vae' in state['config']:
         raise ValueError('the checkpoint holds a VAE, not a diffusion model')
-    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state)
+    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state, text_encoder)
 
 
-def diffusion_from_checkpoint(path: str | Path) -> GaussianDiffusion | LatentDiffusion:
+def diffusion_from_checkpoint(path: str | Path, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """The same from a checkpoint file, or from the newest one of a results folder."""
-    return diffusion_from_state(checkpoint.load_run(path))
+    return diffusion_from_state(checkpoint.load_run(path), text_encoder)

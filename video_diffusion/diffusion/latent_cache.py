@@ -45,7 +45,7 @@ class LatentCache(Dataset):
         hint = diffusion.low_res or diffusion.prob_cond_frames > 0
         shape = dataset.size, dataset.num_frames, dataset.rate, dataset.clips_per_video, dataset.channels, diffusion.chunk, hint
         self.folder = Path(folder) / fingerprint(diffusion.vae, shape)
-        self.num_frames, self.latent_channels = dataset.num_frames, diffusion.vae.latent_channels
+        self.fps, self.num_frames, self.latent_channels = dataset.fps, dataset.num_frames, diffusion.vae.latent_channels
         self.hint_frames = diffusion.diffusion.num_frames if diffusion.low_res else 1
         self.files = [self.folder / file_name(path, part) for path, part in zip(dataset.paths, dataset.parts)]
         self.encode_missing(dataset, diffusion, processes)
@@ -106,11 +106,7 @@ class LatentCache(Dataset):
 
 def fingerprint(vae: nn.Module, *more) -> str:
     """Changes when any weight or setting of the VAE does, or anything in `more`."""
-    digest = hashlib.sha256(repr((type(vae).__name__, sorted(vae.config.items()), more)).encode())
-    for name, value in vae.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return checkpoint.fingerprint(vae.state_dict().items(), (type(vae).__name__, sorted(vae.config.items()), more))
 
 
 def file_name(clip: Path, part: int) -> str:

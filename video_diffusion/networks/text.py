@@ -23,6 +23,7 @@ Shape comments: b prompts, n words of the longest prompt.
 
 import re
 import zlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -179,10 +180,20 @@ class CaptionCache:
         return row
 
 
-def text_encoder_from_config(config: dict) -> nn.Module:
-    """The encoder that `config()` describes, before its weights are loaded."""
+def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> nn.Module:
+    """The encoder that `config()` describes, before its weights are loaded.
+
+    A checkpoint may say which frozen encoder it was trained with, but a file from elsewhere must not choose what is
+    fetched from the hub: what is not in a directory on disk, the user has to name in `name_or_path`.
+    """
     kinds = {'words': WordEncoder, 'bert': BertEncoder, 't5': T5Encoder}
-    return kinds[config['kind']](**{key: value for key, value in config.items() if key != 'kind'})
+    settings = {key: value for key, value in config.items() if key != 'kind'}
+    if config['kind'] != 'words':
+        settings['name_or_path'] = name_or_path or settings['name_or_path']
+        if name_or_path is None and not Path(settings['name_or_path']).is_dir():
+            raise ValueError(f'it was trained with the text encoder {settings["name_or_path"]!r:.100}, which is no directory here: '
+                             'name it yourself to load it from the hub, text_encoder=... or --text-encoder ...')
+    return kinds[config['kind']](**settings)
 
 
 def load_transformer(name_or_path: str, model_class: str) -> tuple:
@@ -191,9 +202,11 @@ def load_transformer(name_or_path: str, model_class: str) -> tuple:
         import transformers  # an extra: imported only where it is used
     except ImportError as error:
         raise ImportError('this text encoder needs transformers: pip install "video_diffusion[text]"') from error
+    how = dict(trust_remote_code=False, local_files_only=Path(name_or_path).is_dir())  # no code of theirs; the hub only by name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
-        transformer = getattr(transformers, model_class).from_pretrained(name_or_path)
+        with torch.device('cpu'):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, **how)
+            transformer = getattr(transformers, model_class).from_pretrained(name_or_path, **how)
     except (OSError, ValueError) as error:
         raise ValueError(f'the text encoder {name_or_path!r} cannot be loaded: give a directory on disk that '
                          'holds its config, weights and vocabulary, or connect and download it') from error

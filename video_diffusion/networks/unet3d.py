@@ -29,9 +29,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
+from .attention import (
+    RelativePositionBias,
+    SpatialAttention,
+    SpatialLinearAttention,
+    TemporalAttention,
+    TextAttention,
+    rotations,
+)
+from .recompute import recompute
 from .text import masked_mean
 
 BERT_DIM = 768
@@ -77,9 +84,8 @@ class Block(nn.Module):
         self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
         self.norm = nn.GroupNorm(groups, dim_out)
 
-    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """x (b c f h w), scale_shift (b, 2 dim_out)."""
-        x = self.conv(x)
+    def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        """All but the convolution: x (b c f h w), scale_shift (b, 2c)."""
         if scale_shift is None:
             return F.silu(self.norm(x))
         # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
@@ -91,7 +97,11 @@ class Block(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
+    """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one.
+
+    In training it keeps what its two convolutions read and write, but for what can be had from these at the cost of a norm:
+    see recompute.py.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
         super().__init__()
@@ -100,11 +110,19 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(dim_out, dim_out, groups)
         self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """`skip`: more channels of the input, from the other side of the U."""
         scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
-        h = self.block1(x, scale_shift)
-        h = self.block2(h)
-        return h + self.shortcut(x)
+        shortcut, h = self.read(x) if skip is None else recompute(self.read, x, skip)
+        h = recompute(self.between, h, scale_shift)
+        return recompute(self.block2.activate, h) + shortcut
+
+    def read(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self.shortcut(x), self.block1.conv(x)
+
+    def between(self, h: Tensor, scale_shift: Tensor | None) -> Tensor:
+        return self.block2.conv(self.block1.activate(h, scale_shift))
 
 
 BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention  # all Levels are made of
@@ -122,13 +140,14 @@ class Level(nn.Module):
         self.temporal_attention = temporal
         self.text_attention = text
 
-    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = self.block1(x, emb)
+    def forward(self, x: Tensor, emb: Tensor, along_time: tuple, text: tuple[Tensor, Tensor] | None,
+                skip: Tensor | None = None) -> Tensor:
+        x = self.block1(x, emb, skip)
         x = self.block2(x, emb)
         x = self.spatial_attention(x)
         if text is not None:
             x = self.text_attention(x, *text)
-        return self.temporal_attention(x, bias, frames_alone)
+        return self.temporal_attention(x, *along_time)
 
 
 class Unet3D(nn.Module):
@@ -173,7 +192,8 @@ class Unet3D(nn.Module):
         self.null_cond = nn.Parameter(torch.randn(1, self.cond_dim)) if self.has_cond else None
 
         resnet = dict(groups=resnet_groups, emb_dim=time_dim + (self.cond_dim or 0))
-        rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
+        with torch.device('cpu'):                # it computes buffers that no checkpoint holds
+            rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
 
         def temporal(width):
             return TemporalAttention(width, attn_heads, attn_dim_head, rotary)
@@ -220,8 +240,8 @@ class Unet3D(nn.Module):
         # Checkpointing (arXiv 1604.06174) keeps the input only. No block draws anything, so there is no RNG to restore.
         if checkpoint_activations:
             for block in self.modules():
-                if isinstance(block, BLOCKS):
-                    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                if isinstance(block, ResnetBlock):
+                    block.forward = partial(recompute, block.forward)
 
     def forward(
         self,
@@ -242,11 +262,13 @@ class Unet3D(nn.Module):
         elif known is not None:
             raise ValueError('known frames were given, but this model was built without cond_frames=True')
         bias, frames_alone = self.temporal_bias(b, f, focus_present_mask, prob_focus_present)
+        turn = rotations(f, self.init_temporal_attention.rotary, self.init_temporal_attention.dim_head)
+        along_time = bias, turn, frames_alone
 
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
-        x = self.init_temporal_attention(x, self.time_bias(f))
+        x = self.init_temporal_attention(x, self.time_bias(f), turn)
         first = x
 
         emb, text = self.time_mlp(time), None
@@ -260,7 +282,7 @@ class Unet3D(nn.Module):
 
         skips = []
         for level, downsample in zip(self.downs, self.downsamples):
-            x = level(x, emb, bias, frames_alone, text)
+            x = level(x, emb, along_time, text)
             skips.append(x)
             x = downsample(x)
 
@@ -268,14 +290,14 @@ class Unet3D(nn.Module):
         x = self.mid_spatial_attention(x)
         if text is not None:
             x = self.mid_text_attention(x, *text)
-        x = self.mid_temporal_attention(x, bias, frames_alone)
+        x = self.mid_temporal_attention(x, *along_time)
         x = self.mid_block2(x, emb)
 
         for level, upsample in zip(self.ups, self.upsamples):
-            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone, text)
+            x = level(x, emb, along_time, text, skips.pop())
             x = upsample(x)
 
-        x = self.final_block(torch.cat((x, first), dim=1))
+        x = self.final_block(x, None, first)
         return self.final_conv(x)
 
     def forward_with_cond_scale(

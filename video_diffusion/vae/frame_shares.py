@@ -95,13 +95,19 @@ def gather_frames(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def sum_gradients(parameters, group: dist.ProcessGroup):
-    """After backward(): adds up every parameter's gradient over the group, in every process."""
+    """After backward(): adds up every parameter's gradient over the group, in every process, in one message per dtype."""
+    kinds = {}
     for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:                    # a process without frames
                 parameter.grad = torch.zeros_like(parameter)
-            with named_errors('parameter gradients', group):
-                dist.all_reduce(parameter.grad, group=group)
+            kinds.setdefault(parameter.dtype, []).append(parameter.grad)
+    for grads in kinds.values():
+        flat = torch.cat([grad.flatten() for grad in grads])
+        with named_errors('parameter gradients', group):
+            dist.all_reduce(flat, group=group)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
 
 
 def share_of_noise(x: Tensor, group: dist.ProcessGroup, generator: torch.Generator | None = None) -> Tensor:
