@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import shapes
-from ..data.dataset import clip_shape, find_clips
+from ..data.folder import ClipFolder
 from ..distributed import Processes
 
 
@@ -103,16 +103,17 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: 
         shapes.make_shapes(unfinished, count, size, frames)
         unfinished.rename(folder)
     processes.any(False)  # the others wait here until it is drawn
-    there = len(find_clips(folder)), *clip_shape(folder)
+    clips = ClipFolder(folder)
+    there = len(clips.paths), *clips.shape()
     if there != (count, frames, size, size):
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
                          f'world asked for ({count} clips of {frames} frames of {size}x{size}): remove it first')
     return folder
 
 
-def like_the_clips(folder: str | Path, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
+def like_the_clips(clips: ClipFolder, fps: float | None, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
     """Frames, height and width like those of the clips, but not too large for a first run; sides are multiples."""
-    frames, height, width = clip_shape(folder)
+    frames, height, width = clips.shape(fps)
     shrink = min(1., largest / max(height, width))
     height, width = (max(multiple, round(side * shrink) // multiple * multiple) for side in (height, width))
     return min(frames, most_frames), height, width
