@@ -60,6 +60,7 @@ FLAGS = {
         Flag('--cond-scale', float, None, 'guidance towards the prompt, 1 is none'),
         Flag('--guidance-rescale', float, None, '0 to 1: take back so much of the contrast that a large --cond-scale adds'),
         Flag('--dynamic-guidance', float, None, 'exponent: let guidance grow from 1 to 1 + --cond-scale, 5 in CogVideoX'),
+        Flag('--wave-guidance', bool, False, 'let it jump about in between, as in the code of CogVideoX'),
     ],
     'from given frames on, and longer': [
         Flag('--first-frames', str, None, 'a clip or an image with which every video begins', metavar='FILE', alias='--image'),

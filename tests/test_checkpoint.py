@@ -205,7 +205,7 @@ def test_a_checkpoint_does_not_choose_what_is_fetched(runs, monkeypatch):
     with pytest.raises(ValueError, match="text encoder 'someone/something', which is no directory here: name it yourself"):
         diffusion_from_state(state)
     seen = []
-    monkeypatch.setattr('video_diffusion.networks.text.load_transformer', lambda name, kind: seen.append(name) or 1 / 0)
+    monkeypatch.setattr('video_diffusion.networks.text.load_transformer', lambda name, *_: seen.append(name) or 1 / 0)
     with pytest.raises(ValueError, match='ZeroDivisionError'):
         diffusion_from_state(state, text_encoder='bert-of-mine')
     assert seen == ['bert-of-mine']
