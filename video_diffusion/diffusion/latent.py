@@ -23,8 +23,8 @@ first frame *of the video*, encoded alone, so that one image is enough, and with
 only about right, and it answers for these frames too: `sample(image=...)`, `sample(first_frames=...)`. The pretrained
 models know an image and nothing else, each times a number of its own: `image_scale`.
 
-**A DiT whose patches are two frames deep** (CogVideoX 1.5) needs an even number of latent frames. Of an odd number the first
-is there twice: in training as it is, in sampling as noise, and what comes of it is never decoded. An image is told there.
+**A DiT with `frame_patch=2`** (CogVideoX 1.5) needs an even number of latent frames: in front of an odd number the first is
+there twice, drawn like the others, but not decoded. An image is told there.
 
 **Super-resolution** goes the same way (cascades of arXiv 2106.15282, in latents): with `low_res=4` and `prob_cond_frames=1`
 the network is told all frames, made four times smaller, large again, and encoded. `sample(low_res=...)` takes a small
@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import video_shape
-from ..vae.frame_shares import has_special_first_frame
+from ..checks import number, video_shape, whole
+from ..vae.frame_shares import has_special_first_frame, latent_shape
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames
@@ -49,6 +49,7 @@ from .latent_cache import Encoded, fingerprint
 from .sampling import Sampling
 
 CLIPS_TO_MEASURE = 64
+SETTINGS = 'num_frames', 'max_batch', 'chunk', 'low_res', 'image_scale'
 
 
 class LatentDiffusion(nn.Module):
@@ -75,8 +76,8 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f'the GaussianDiffusion has (channels, num_frames, height, width) = {given} and '
                              f'latents={diffusion.latents}: the latents of {self.num_frames} frames are {expected}, and it must '
                              'have latents=True')
-        if max_batch < 1:
-            raise ValueError(f'max_batch={max_batch}: give 1 or more')
+        whole('max_batch', max_batch, 1)
+        number('image_scale', image_scale, above=0)
         if low_res is not None and (low_res < 2 or self.height % low_res or self.width % low_res):
             raise ValueError(f'low_res={low_res}: give a number above 1 that divides frames of {self.height}x{self.width}')
         if low_res is not None and diffusion.prob_cond_frames != 1:
@@ -125,26 +126,24 @@ class LatentDiffusion(nn.Module):
         if posterior_noise is None:
             posterior_noise = torch.randn_like(posterior.mean)
         z = self.filled_up((posterior.mean + posterior.std * posterior_noise) * self.scale)    # b c f h w, of latents
-        told = None
         if hint is not None:
             hint = self.filled_up(hint) if self.low_res else hint
-            told = torch.cat((hint * (self.image_scale or self.scale), z[:, :, hint.shape[2]:]), dim=2)
+            training['known'] = torch.cat((hint * (self.image_scale or self.scale), z[:, :, hint.shape[2]:]), dim=2)
         if self.low_res:
             training['known_mask'] = torch.ones(len(z), z.shape[2], dtype=torch.bool, device=z.device)
         elif self.image_scale is not None:
             mask = training.get('known_mask')
             mask = self.diffusion.draw_known(len(z), z.device) if mask is None else mask
             training['known_mask'] = mask & (torch.arange(z.shape[2], device=z.device) == 0)
-        return self.diffusion(z, cond, noise, t, known=told, **training)
+        return self.diffusion(z, cond, noise, t, **training)
 
     def filled_up(self, z: Tensor) -> Tensor:
-        """(b c f h w) with the first frame twice, where the patches of the network ask for it."""
+        """(b c f h w) with the first frame twice, where the network's patches ask for it."""
         return torch.cat((z[:, :, :self.doubled], z), dim=2)
 
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         draws = self.diffusion.draw(count, device, generator)
-        shape = draws['noise'][:, :, self.doubled:].shape
-        draws['posterior_noise'] = torch.randn(shape, device=device, generator=generator)
+        draws['posterior_noise'] = torch.randn(draws['noise'][:, :, self.doubled:].shape, device=device, generator=generator)
         if self.prob_cond_frames and not self.low_res:
             draws['image_noise'] = self.draw_image_noise(count, device, generator)
         return draws
@@ -315,8 +314,7 @@ class LatentDiffusion(nn.Module):
 
     def config(self) -> dict:
         return {**self.diffusion.config(), 'latent': dict(
-            vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), num_frames=self.num_frames, max_batch=self.max_batch,
-            chunk=self.chunk, low_res=self.low_res, image_scale=self.image_scale)}
+            vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), **{name: getattr(self, name) for name in SETTINGS})}
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings, and with our very VAE: latents of another mean nothing to it."""
@@ -328,7 +326,7 @@ class LatentDiffusion(nn.Module):
     def from_config(cls, config: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
         latent = config['latent']
         return cls(GaussianDiffusion.from_config(config, text_encoder), vae_from_config(latent['vae']),
-                   **{name: latent.get(name) for name in ('num_frames', 'max_batch', 'chunk', 'low_res', 'image_scale')})
+                   **{name: latent.get(name) for name in SETTINGS})
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> 'LatentDiffusion':
@@ -339,13 +337,6 @@ class LatentDiffusion(nn.Module):
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
         """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
         return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
-
-
-def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(channels, frames, height, width) of the latents of videos."""
-    height, width = (side // vae.space_compression for side in image_size)
-    special = has_special_first_frame(num_frames, vae.time_compression)
-    return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
 
 
 def diffusion_from_state(state: dict, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:

@@ -251,7 +251,8 @@ def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> No
 
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
-    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, **sampling,
+    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, first_frames: Tensor | None = None,
+    **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     whole('batch_size', batch_size, 1)
@@ -263,8 +264,9 @@ def sample_many(
         # Who has none left draws one again: were it only to wait, the others would wait for its share of sharded weights.
         number = (turn * processes.world_size + processes.rank) % batches
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
-        if low_res is not None:
-            sampling['low_res'] = low_res.expand(count, -1, -1, -1, -1)[rows]
+        for name, clips in (('low_res', low_res), ('first_frames', first_frames)):      # one for all, or one for each
+            if clips is not None:
+                sampling[name] = clips.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
             progress=processes.is_main, **sampling).cpu()
