@@ -70,9 +70,9 @@ def dynamic_scale(scale: float, progress: float, exponent: float) -> float:
 
 
 def wave_scale(scale: float, t: int, steps: int) -> float:
-    """What CogVideoX's own code and diffusers do instead, for all of their videos: for progress they take (steps - t) / steps, where
-    t counts not the steps of the sampler, but the 1000 of training. It is below 0 then, its fifth power goes to millions, and
-    the cosine jumps between 1 and 1 + scale from step to step."""
+    """What CogVideoX's own code and diffusers really do, and did for the authors' videos: as progress they take (steps - t) /
+    steps, where t counts not the sampler's steps, but the 1000 of training. That is far below 0, its fifth power goes to
+    millions, and the cosine jumps about from step to step, and the scale between 1 and 1 + scale."""
     return dynamic_scale(scale, (steps - t) / steps, 5)
 
 

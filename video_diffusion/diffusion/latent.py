@@ -85,10 +85,9 @@ class LatentDiffusion(nn.Module):
                              'the small clip, as known frames, so give Unet3D(cond_frames=True) and prob_cond_frames=1')
         if image_scale is not None and not diffusion.prob_cond_frames:
             raise ValueError(f'image_scale={image_scale}, but the network is never told an image: prob_cond_frames is 0')
-        self.low_res, self.image_scale = low_res, image_scale
         self.diffusion = diffusion
         self.vae = vae.eval().requires_grad_(False)
-        self.max_batch, self.chunk = max_batch, chunk
+        self.max_batch, self.chunk, self.low_res, self.image_scale = max_batch, chunk, low_res, image_scale
         self.register_buffer('scale', torch.tensor(float('nan') if scale is None else float(scale)))
         self.has_scale = scale is not None        # looked up in the buffer but once: on a GPU that waits
 

@@ -172,8 +172,10 @@ class T5Encoder(BertEncoder):
         if self.length is None:
             return super().tokens(texts)
         check_texts(texts)
-        ids = self.tokenizer(list(texts), padding='max_length', truncation=True, max_length=self.length, return_tensors='pt').input_ids
-        vectors = self.transformer(input_ids=ids.to(self.transformer.device)).last_hidden_state  # b length dim
+        ids = self.tokenizer(
+            list(texts), padding='max_length', truncation=True, max_length=self.length, return_tensors='pt'
+        ).input_ids.to(self.transformer.device)                                                  # b length
+        vectors = self.transformer(input_ids=ids).last_hidden_state                              # b length dim
         return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 

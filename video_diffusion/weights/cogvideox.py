@@ -66,11 +66,13 @@ def cogvideox_from_folder(
 def cogvideox_from_sat(
     path: str | Path,                          # holds transformer/ and 3d-vae.pt, which may be in vae/
     text_encoder: str | Path,                  # the folder of T5
-    num_frames: int | None = None, image_size: tuple[int, int] | None = None,
+    num_frames: int | None = None,             # these two as above
+    image_size: tuple[int, int] | None = None,
+    **transformer,                             # positions, size, text_length: as for dit_from_sat
 ) -> LatentDiffusion:
     """The files of CogVideoX's own code, and the authors' numbers for them."""
     path = Path(path)
-    dit = dit_from_sat(path / 'transformer')
+    dit = dit_from_sat(path / 'transformer', **transformer)
     vae = causal_vae_from_sat(next(path.glob('**/3d-vae.pt'), path / '3d-vae.pt'))
     small = dit.positions == 'sincos'
     scale = 1.15258426 if small else 0.7
@@ -118,8 +120,8 @@ def cogvideox_defaults(path: str | Path) -> dict:
     path = whole_folder(path)
     schedule = read_schedule(path)
     fps = 16. if read_config(path / 'transformer', 'CogVideoXTransformer3DModel', {}).get('patch_size_t') else 8.
-    return dict(sampler=SAMPLERS[schedule['_class_name']], spacing=schedule['timestep_spacing'], steps=50, cond_scale=6., negative='',
-                fps=fps)
+    return dict(sampler=SAMPLERS[schedule['_class_name']], spacing=schedule['timestep_spacing'], steps=50, cond_scale=6.,
+                negative='', fps=fps)
 
 
 def read_schedule(path: Path) -> dict:
