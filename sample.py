@@ -43,7 +43,7 @@ from video_diffusion.weights.cogvideox_lora import FILE as LORA_FILE
 
 FLAGS = {
     'what': [
-        Flag('checkpoint', str, None, 'a results folder (the newest checkpoint is taken), model-<number>.pt, or a CogVideoX folder'),
+        Flag('checkpoint', str, None, 'a results folder (its newest checkpoint is taken), a model-<n>.pt, or a CogVideoX folder'),
         Flag('--lora', str, None, 'adapters to put into it: a results folder of theirs, or a file of diffusers', metavar='PATH'),
         Flag('--lora-scale', float, 1., 'how much of their change to make'),
         Flag('--out', str, 'samples', 'folder for the videos', metavar='FOLDER'),

@@ -67,7 +67,7 @@ def save(folder, kind, sampler, frames, **vae):
     for weight in transformer.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     if kind == 'learned':
-        transformer.patch_embed.pos_embedding.normal_()
+        transformer.float().patch_embed.pos_embedding.normal_()                      # float64 by birth
     shift, scale = (3., 1.15258426) if kind == 'sincos' else (1., 0.7)
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(4, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, scaling_factor=scale,
@@ -180,16 +180,17 @@ def test_a_folder_of_ours_is_read_by_diffusers(folder, tmp_path, monkeypatch, ki
     assert all(torch.equal(a, b) for a, b in zip(diffusion.state_dict().values(), again.state_dict().values(), strict=True))
 
 
-def test_a_folder_of_sat_is_the_same_model(folder, tmp_path):
+def test_a_folder_of_sat_is_the_same_model(folder, tmp_path, monkeypatch):
     diffusion = cogvideox_from_folder(folder('sincos'))
     dit_to_sat(diffusion.denoise_fn, tmp_path / 'transformer')
     (tmp_path / 'vae').mkdir()
     state = {sat_name(name, diffusion.vae): value for name, value in diffusion.vae.state_dict().items()}
     torch.save({'state_dict': state}, tmp_path / 'vae' / '3d-vae.pt')
+    monkeypatch.setattr('video_diffusion.weights.cogvideox_vae.sat_config', lambda _: diffusion.vae.config)     # 32 groups are too many
     sat = cogvideox_from_sat(tmp_path, folder('sincos'), positions='sincos', size=(3, 4, 6), text_length=LENGTH)
     how = dict(cond_scale=6., sampler='ddim', steps=4, seed=0, progress=False)
     torch.testing.assert_close(sat.sample(PROMPTS, **how), diffusion.sample(PROMPTS, **how), rtol=0, atol=1e-3)   # another epsilon
-    with pytest.raises(FileNotFoundError, match="no file 'latest'"):
+    with pytest.raises(FileNotFoundError, match='there is no checkpoint .*transformer'):
         cogvideox_from_sat(tmp_path / 'vae', folder('sincos'))
 
 
@@ -289,7 +290,8 @@ def test_the_script_begins_with_images(folder, script, monkeypatch):
                         (('--prompts-file', 'prompts.txt', '--prompt', 'a ball'), '2 of 3 prompts'),
                         (('--prompt', 'a ball', '--image', 'c.png'), 'c.png')):
         code, err, _ = script(folder('1.5-i2v'), *wrong)
-        assert code == 2 and says in err and len(err.splitlines()) == 1, err
+        complaint = [line for line in err.splitlines() if line.startswith('sample.py: ')]
+        assert code == 2 and len(complaint) == 1 and says in complaint[0] and 'Traceback' not in err
 
 
 def test_the_script_puts_adapters_in(folder, script, tmp_path):
@@ -331,7 +333,7 @@ def test_a_folder_that_is_half_there(folder, script, tmp_path, lost, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         cogvideox_from_folder(path)
     code, err, _ = script(path, '--prompt', 'a')
-    assert code == 2 and err.startswith('sample.py: ') and len(err.splitlines()) == 1, err
+    assert code == 2 and sum(line.startswith('sample.py: ') for line in err.splitlines()) == 1 and 'Traceback' not in err
 
 
 def test_a_file_that_is_cut_off(folder, tmp_path):

@@ -142,7 +142,8 @@ def whole_folder(path: str | Path) -> Path:
 
 def cogvideox_to_folder(diffusion: LatentDiffusion, folder: str | Path, sampler: str = 'dpm++2m_sde') -> None:
     """For CogVideoXPipeline.from_pretrained, or CogVideoXImageToVideoPipeline's. `sampler`: 'ddim' is the other that it knows."""
-    folder, own, scale = Path(folder), diffusion.diffusion, diffusion.scale.item()
+    folder, own = Path(folder), diffusion.diffusion
+    scale = float(str(diffusion.scale.cpu().numpy()))       # 0.7, and not 0.699999988
     encoder, told = own.text_encoder, diffusion.image_scale
     if told is not None and not any(abs(told / known - 1) < 1e-6 for known in (scale, 1 / scale)):
         raise ValueError(f'image_scale={told}: the folder can say {scale} or {1 / scale} only')
