@@ -3,6 +3,7 @@
 
     python train.py                      # on a toy world of moving shapes that it draws itself
     python train.py my_gifs/             # on your own GIFs, with captions (clip.txt beside clip.gif) or without
+    python train.py my_films/ --fps 8 --clips-per-video 20 --random-window    # on mp4, webm, mov, mkv, avi (needs .[video])
     python train.py my_gifs/ --stage vae # first a VAE, whose latents are smaller than pixels
     python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
@@ -36,7 +37,7 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
-from video_diffusion.data.dataset import CLIPS, IMAGES, find_clips, read_captions
+from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
@@ -86,6 +87,8 @@ FLAGS = {
         Flag('--images', bool, False, 'train on png and jpg files of the folder too, as frames without motion', D),
         Flag('--flip', bool, False, 'mirror half of the clips (not where captions say left and right)'),
         Flag('--random-window', bool, False, 'from clips longer than --num-frames take any part, not the first'),
+        Flag('--fps', float, None, 'frames per second, whatever the files have; those between are left out', metavar='RATE'),
+        Flag('--clips-per-video', int, 1, 'each file counts as so many clips, from as many equal stretches of it'),
         Flag('--strict', bool, False, 'a damaged clip is an error, not a warning'),
     ],
     'network': [
@@ -158,7 +161,7 @@ def main() -> None:
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
-    folder = args.folder or toy_world(args, processes)
+    folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)
     if args.resume:
@@ -226,9 +229,9 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
 
 
-def clip_size(args: argparse.Namespace, folder: str | Path, multiple: int) -> tuple[int, int, int]:
+def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
     """Frames, height and width to train on: as the flags say, or like the clips; sides are multiples."""
-    frames, height, width = like_the_clips(folder, args.max_frames, args.max_size, multiple)
+    frames, height, width = like_the_clips(folder, args.fps, args.max_frames, args.max_size, multiple)
     if isinstance(args.image_size, int):
         height = width = args.image_size
     elif args.image_size is not None:
@@ -245,7 +248,7 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
         print(f'{size[0]} frames of {size[1]}x{size[2]}, {weights / 1e6:.1f} million weights, on {processes.device}')
 
 
-def diffusion_trainer(args: argparse.Namespace, given: dict, folder: str | Path, processes: distributed.Processes) -> Trainer:
+def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
     vae = vae_from_checkpoint(args.vae) if args.vae else None
     told = args.known_frames if args.low_res is None else 1.
     multiple = 2 ** (len(args.dim_mults) - 1) * (vae.space_compression if vae else 1)  # the U-Net halves frames so often
@@ -253,8 +256,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: str | Path,
     if vae and args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
-    files = find_clips(folder, CLIPS + IMAGES if args.images else CLIPS)
-    captioned = not args.unconditional and read_captions(files) is not None
+    captioned = not args.unconditional and folder.captions is not None
     if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
@@ -277,6 +279,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: str | Path,
         max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
+        fps=args.fps, clips_per_video=args.clips_per_video,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
         cond_scale=args.cond_scale if captioned else 1., sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
         compile=args.compile, shard=args.shard,
@@ -287,7 +290,7 @@ def vae_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
-def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:
+def vae_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:
     if args.init:
         source = causal_vae_from_sat(args.init) if Path(args.init).suffix == '.pt' else causal_vae_from_diffusers(args.init)
         vae = CausalVAE(**source.config)
@@ -309,7 +312,8 @@ def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distrib
         ema_decay=args.ema_decay, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
         max_grad_norm=args.max_grad_norm, amp=args.amp, horizontal_flip=args.flip, random_window=args.random_window,
-        strict=args.strict, save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
+        fps=args.fps, clips_per_video=args.clips_per_video, strict=args.strict,
+        save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
         processes=processes)
 
 
