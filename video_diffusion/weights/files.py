@@ -64,7 +64,7 @@ def read_sat(path: str | Path, like: str) -> dict[str, Tensor]:
     with torch.serialization.safe_globals(allowed):
         saved = checkpoint.load(path, mmap=True)
     for key in ('module', 'model', 'state_dict'):
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict) and all(isinstance(name, str) for name in saved[key]):
             return saved[key]
     raise ValueError(f"{path} holds no 'module', 'model' or 'state_dict': expected a file like {like}")
 
