@@ -55,16 +55,19 @@ DEFAULTS = {
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
     'dim':              ((16, 64),               (16, 64)),     # thin at first: on a CPU the full resolution costs most
-    'dim_mults':        (((1, 4, 8), (1, 2, 4)), ((1, 2), (1, 2, 4))),
-    'attn_dim_head':    ((8, 32),                None),
+    'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
+    'attn_heads':       ((1, 8),                 None),
+    'attn_dim_head':    ((16, 32),               None),
     'linear_attention': ((False, True),          None),
     'time_compression': (None,                   (1, 4)),       # on a CPU there is no time to learn it
     'latent_channels':  (None,                   (4, 4)),
     'batch_size':       ((8, 64),                (8, 16)),
+    'objective':        (('x0', 'v'),            None),         # of x0 the last steps of sampling are free of grain
     'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4)),
-    'steps':            ((1600, 10000),          (800, 20000)),
+    'muon_lr':          ((0.01, None),           None),
+    'steps':            ((1300, 10000),          (800, 20000)),
     'image_steps':      (None,                   (600, 5000)),
-    'sample_every':     ((800, 1000),            (200, 1000)),
+    'sample_every':     ((650, 1000),            (200, 1000)),
 }
 
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
@@ -94,21 +97,22 @@ FLAGS = {
     'network': [
         Flag('--dim', int, None, 'width of the first level'),
         Flag('--dim-mults', int, None, 'width of each level, in --dim', many=True),
-        Flag('--attn-dim-head', int, None, 'width of each of the 8 heads of temporal attention', D),
+        Flag('--attn-heads', int, None, 'heads of temporal attention', D),
+        Flag('--attn-dim-head', int, None, 'width of each of them', D),
         Flag('--linear-attention', 'switch', None, 'spatial linear attention at every level', D),
         Flag('--vae', str, None, 'a trained VAE, its results folder or a checkpoint: diffuse in its latents', D, metavar='RESULTS'),
         Flag('--cache-latents', bool, False, 'encode each clip once, into the folder latents/ beside the VAE', D),
         Flag('--low-res', int, None, 'with --vae: learn to enlarge clips so many times', D, metavar='FACTOR'),
     ],
     'diffusion': [
-        Flag('--objective', OBJECTIVES, 'v', 'what the network predicts', D),
+        Flag('--objective', OBJECTIVES, None, 'what the network predicts', D),
         Flag('--timesteps', int, 1000, 'diffusion steps', D),
         Flag('--schedule', tuple(SCHEDULES), 'cosine', 'how the noise grows', D),
         Flag('--schedule-shift', float, 1., 'above 1: more noise at every step', D),
         Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
         Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA), 5 is usual', D, metavar='GAMMA'),
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
-        Flag('--noise-bias', float, 3., 'above 1: train noisy steps more often, so that motion is learnt sooner', D),
+        Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
         Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
         Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
         Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
@@ -117,7 +121,8 @@ FLAGS = {
         Flag('--steps', int, None, 'optimiser steps'),
         Flag('--batch-size', int, None, 'clips per forward pass of each process'),
         Flag('--accumulate', int, 1, 'forward passes per step'),
-        Flag('--lr', float, None, 'learning rate, reached after --warmup steps'),
+        Flag('--lr', float, None, 'learning rate of Adam, reached after --warmup steps'),
+        Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all', D),
         Flag('--warmup', int, 50, 'steps of warm-up, before a cosine decay to zero'),
         Flag('--loss', tuple(LOSSES), 'l2', ''),
         Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
@@ -130,8 +135,8 @@ FLAGS = {
         Flag('--sample-every', int, None, 'steps between checkpoints with samples'),
         Flag('--sample-rows', int, 4, 'samples per checkpoint: the square of this', D),
         Flag('--sampler', tuple(samplers.SAMPLERS), 'ddpm', '', D),
-        Flag('--sample-steps', int, 25, 'steps of the sampler', D),
-        Flag('--cond-scale', float, 2., 'guidance towards the captions', D),
+        Flag('--sample-steps', int, 16, 'steps of the sampler', D),
+        Flag('--cond-scale', float, 1., 'guidance towards the captions, 1 is none', D),
     ],
     'several devices (torchrun)': [
         Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
@@ -260,7 +265,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
-    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
+    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels, attn_heads=args.attn_heads,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
                   cond_dim=encoder.dim if encoder else None, cond_frames=told > 0,
                   checkpoint_activations=args.checkpoint_activations)
@@ -276,7 +281,8 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob,
+        noise_bias=(2. if captioned else 1.) if args.noise_bias is None else args.noise_bias, muon_lr=args.muon_lr or None,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
         fps=args.fps, clips_per_video=args.clips_per_video,

@@ -345,7 +345,7 @@ print("saved" if noted else "no signal")
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'):
         GifDataset(tmp_path / 'nowhere', 8)
-    with pytest.raises(ValueError, match=r'no clip in .*\.gif, \.webp'):
+    with pytest.raises(ValueError, match=r'no clip in .*\.webp, \.gif'):
         GifDataset(tmp_path, 8, exts=('webp', 'gif'))
 
 

@@ -11,7 +11,7 @@ from gloo_workers import Workers
 from test_latent import make as make_latent
 from test_trainer import CPU, assert_same_state, clips, read_log, soften  # noqa: F401, clips is a fixture
 
-from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor
+from video_diffusion import DiT, GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor
 from video_diffusion.distributed import Processes
 from video_diffusion.training.shard import own
 
@@ -20,6 +20,9 @@ def build(kind, seed=0):
     torch.manual_seed(seed)
     if kind == 'latent':
         return make_latent(captions=True, told=0.5)
+    if kind == 'dit':
+        dit = DiT(32, 8, dim_head=16, depth=2, patch=4, text_length=12, checkpoint_activations=True)
+        return GaussianDiffusion(dit, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
     words = kind == 'words'
     unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8, text_tokens=words, checkpoint_activations=words)
     return GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
@@ -129,9 +132,9 @@ def test_a_run_that_was_whole_goes_on_sharded_and_is_sampled_from(train_on, whol
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', ['words', 'latent'])
+@pytest.mark.parametrize('kind', ['words', 'latent', 'dit'])
 def test_every_kind_of_model_can_be_sharded(train_on, tmp_path, kind):
-    """One whose text encoder is asked for tokens and whose blocks are computed twice; one with a VAE that is frozen."""
+    """One whose text encoder is asked for tokens and whose blocks are computed twice; one with a VAE that is frozen; a transformer."""
     train_on(1, tmp_path / 'whole', kind=kind)
     train_on(2, tmp_path / 'shards', kind=kind, shard=True)
     assert_same_run(tmp_path / 'whole', tmp_path / 'shards')

@@ -99,7 +99,7 @@ def walk(folder: Path, exts: tuple[str, ...]) -> tuple[list[Path], list[str]]:
     """The files with one of these endings, sorted, and the tables of captions."""
     if not folder.is_dir():
         raise FileNotFoundError(f'there is no folder {folder}')
-    endings = tuple(sorted('.' + ext.lower().lstrip('.') for ext in ([exts] if isinstance(exts, str) else exts)))
+    endings = tuple('.' + ext.lower().lstrip('.') for ext in ([exts] if isinstance(exts, str) else exts))
     found, tables = [], []
     for place, _, names in os.walk(folder):
         found += [os.path.join(place, name) for name in names if name.lower().endswith(endings)]

@@ -88,9 +88,11 @@ def resize_and_crop(clip: Tensor, size: Size) -> Tensor:
     if (h, w) != size:
         # Of a needle most would be cut off, but only after it was scaled to something huge.
         clip = middle(clip, (min(h, 16 * math.ceil(w * size[0] / size[1])), min(w, 16 * math.ceil(h * size[1] / size[0]))))
-        frames = clip.transpose(0, 1)                                       # f c h w; bytes of few channels resize fast
-        scaled = F.interpolate(frames, covering(clip.shape[-2:], size), mode='bilinear', antialias=True)
-        clip = middle(scaled.transpose(0, 1), size)
+        scaled = covering(clip.shape[-2:], size)
+        if clip.shape[-2:] != scaled:
+            frames = clip.transpose(0, 1)                                   # f c h w; bytes of few channels resize fast
+            clip = F.interpolate(frames, scaled, mode='bilinear', antialias=True).transpose(0, 1)
+        clip = middle(clip, size)
     return clip.contiguous()
 
 

@@ -96,7 +96,7 @@ def import_av():
 
 def timed_frames(path, container, stream, begin: float) -> Iterator[tuple]:
     """(seconds, frame) from the key frame before `begin` on, then (end, None); without what damage has touched."""
-    unit, offset = stream.time_base, stream.start_time or 0
+    unit, offset = float(stream.time_base), stream.start_time or 0
     if begin > 0:       # a little earlier, because the index of a file may hold when frames are decoded, not when they show
         container.seek(max(0, int((begin - 16 / float(stream.average_rate)) / unit)) + offset, stream=stream)
     damaged_at, lost, end = None, 0, 0.
@@ -110,8 +110,8 @@ def timed_frames(path, container, stream, begin: float) -> Iterator[tuple]:
                 lost += 1                                   # until the next key frame, all that follows builds on it
                 continue
             damaged_at = None
-            end = float((now + (frame.duration or 0) - offset) * unit)
-            yield float((now - offset) * unit), frame
+            end = (now + (frame.duration or 0) - offset) * unit
+            yield (now - offset) * unit, frame
     if lost:
         warnings.warn(f'{path} is damaged: {lost} frames were left out')
     yield end, None
@@ -149,8 +149,9 @@ def picture(convert, channels: int, size: Size | None, frame) -> Tensor:
         covered = covering((height, width), size[::-1] if turns(frame) % 2 else size)
         if covered[0] * covered[1] < height * width:
             height, width = covered
-    pixels = convert(frame, width, height, 'rgb24').to_ndarray()
-    pixels = np.rot90(pixels, turns(frame))                                 # h w c
+    pixels = convert(frame, width, height, 'rgb24').to_ndarray()            # h w c
+    if turns(frame):
+        pixels = np.rot90(pixels, turns(frame))
     if channels == 1:
         pixels = grey(pixels)
     elif channels == 4:

@@ -50,7 +50,7 @@ def sincos(grid: Grid, dim: int, device: torch.device | None = None, dtype: torc
     """(f h w, dim), to add to tokens."""
     def waves(length, width, spacing=1.):
         angle = angles((torch.arange(length) / spacing).double(), width)
-        return torch.cat((angle.sin(), angle.cos()), dim=-1).float().to(device, dtype)
+        return torch.cat((angle.sin(), angle.cos()), dim=-1).to(dtype).to(device)     # rounded where there is float64
     frames, height, width = grid
     return over_grid(waves(frames, dim // 4), waves(height, dim // 8 * 3, SPACING), waves(width, dim // 8 * 3, SPACING), 'fwh')
 
@@ -62,7 +62,7 @@ def rope(grid: Grid, dim_head: int, text: int = 0, device: torch.device | None =
                              zip(grid, (dim_head // 4, dim_head // 8 * 3, dim_head // 8 * 3)))
     angle = over_grid(frames, height, width, 'fhw').repeat_interleave(2, dim=-1)
     angle = torch.cat((angle.new_zeros(text, dim_head), angle))
-    return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What train.py and sample.py share: a table of flags that is also their help, errors in one line, clips to train on."""
 
 import argparse
+import os
 import shutil
 import sys
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import NamedTuple
 from ..data import shapes
 from ..data.folder import ClipFolder
 from ..distributed import Processes
+
+# With VIDEO_DIFFUSION_TINY=1 every run is over in seconds: to try a command, and to test those of the README.
+TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=8, dim_mults=(1, 2), batch_size=2, sample_every=2, sample_rows=1,
+            sample_steps=2)
 
 
 class Flag(NamedTuple):
@@ -41,6 +46,10 @@ def parse(doc: str, groups: dict[str, list[Flag]], table: dict) -> tuple[argpars
             group.add_argument(*names, help=f'{flag.help} {default_text(flag, table.get(flag.dest))}'.strip(), **kind_of(flag))
     given = vars(parser.parse_args())
     defaults = {flag.dest: flag.default for flags in groups.values() for flag in flags}
+    if os.environ.get('VIDEO_DIFFUSION_TINY'):
+        tiny = {name: value for name, value in TINY.items() if name in defaults}
+        defaults |= tiny
+        given |= {name: min(given[name], 2 * value) for name, value in tiny.items() if name in given and name != 'dim_mults'}
     return argparse.Namespace(**{**defaults, **given}), given
 
 

@@ -99,8 +99,9 @@ def dit_from_diffusers(path: str | Path) -> DiT:
 
 def dit_to_diffusers(dit: DiT, folder: str | Path) -> None:
     """Writes config.json and the weights."""
+    config = diffusers_config(dit)
     state = {diffusers_name(name, dit): value for name, value in dit.state_dict().items()}
-    write_pretrained(folder, joined(as_convolution(dit, state, 'patch_embed.proj.weight'), DIFFUSERS_PIECES), diffusers_config(dit))
+    write_pretrained(folder, joined(as_convolution(dit, state, 'patch_embed.proj.weight'), DIFFUSERS_PIECES), config)
 
 
 def dit_from_sat(
@@ -128,6 +129,7 @@ def dit_from_sat(
 
 def dit_to_sat(dit: DiT, folder: str | Path) -> None:
     """Writes `latest` and 1/mp_rank_00_model_states.pt, with the tables of positions that SAT keeps there."""
+    needed_size(dit)
     state = {sat_name(name, dit): value for name, value in dit.state_dict().items()}
     state = joined(as_convolution(dit, state, 'mixins.patch_embed.proj.weight'), SAT_PIECES)
     if dit.patch[0] == 1:                          # version 1.5 computes them
@@ -169,8 +171,6 @@ def dit_config(theirs: dict) -> dict:
 
 def diffusers_config(dit: DiT) -> dict:
     own, (frames, height, width) = dit.config, needed_size(dit)
-    if not dit.has_cond:
-        raise ValueError("this DiT was built without cond_dim: CogVideoX's transformer cannot do without text")
     return {
         '_class_name': 'CogVideoXTransformer3DModel', **FIXED,
         'num_attention_heads': own['dim'] // own['dim_head'], 'attention_head_dim': own['dim_head'],
@@ -203,6 +203,9 @@ def sat_config(state: dict[str, Tensor], positions: str | None, size: tuple[int,
 
 
 def needed_size(dit: DiT) -> tuple[int, int, int]:
+    """The size of its clips, if it is a network that the others can be."""
+    if not dit.has_cond or dit.patch[1] != 2:
+        raise ValueError(f'cond_dim={dit.cond_dim}, patch={dit.patch[1]}: CogVideoX reads text, and patches of 2')
     if dit.size is None:
         raise ValueError('the files say for which clips a model is made: build it with DiT(..., size=(frames, height, width))')
     return dit.size

@@ -3,9 +3,9 @@
 Nothing in a file is executed: safetensors, or `torch.load(weights_only=True)`. Tensors stay where they are, mapped from the
 disk into memory page by page as they are looked at, so that what a file holds beside the weights costs nothing.
 
-    >>> with torch.device('meta'):                             # sizes without memory
-    ...     network = DiT(**config)
-    >>> load_renamed(network, read_safetensors(path), their_name, path)      # has the weights of the file, and its dtype
+    >>> state = read_safetensors(path)
+    >>> dit = checkpoint.hollow(lambda config: DiT(**config), config, len(state), path)      # sizes without memory
+    >>> load_renamed(dit, state, their_name, path, as_they_are=True)                         # the file's tensors, in its dtype
 """
 
 import json
@@ -64,7 +64,7 @@ def read_sat(path: str | Path, like: str) -> dict[str, Tensor]:
     with torch.serialization.safe_globals(allowed):
         saved = checkpoint.load(path, mmap=True)
     for key in ('module', 'model', 'state_dict'):
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict) and all(isinstance(name, str) for name in saved[key]):
             return saved[key]
     raise ValueError(f"{path} holds no 'module', 'model' or 'state_dict': expected a file like {like}")
 
