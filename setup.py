@@ -5,11 +5,12 @@ from setuptools import find_packages, setup
 extras = {
     'text': ['transformers', 'sentencepiece'],           # BERT and T5 embeddings of captions
     'weights': ['safetensors'],                           # the files of diffusers' save_pretrained
+    'video': ['av'],                                      # mp4, webm, mov, mkv, avi, in and out
     'test': [
         'pytest', 'pytest-cov', 'hypothesis',
         'nbclient', 'ipykernel',                          # the README runs in a real notebook kernel
         'diffusers', 'transformers', 'safetensors', 'peft',  # what the parity tests compare against
-        'video-diffusion-pytorch==0.6.3',
+        'video-diffusion-pytorch==0.6.3', 'av',
         'ruff',
     ],
 }

@@ -3,6 +3,7 @@
 
     python train.py                      # on a toy world of moving shapes that it draws itself
     python train.py my_gifs/             # on your own GIFs, with captions (clip.txt beside clip.gif) or without
+    python train.py my_films/ --fps 8 --clips-per-video 20 --random-window    # on mp4, webm, mov, mkv, avi (needs .[video])
     python train.py my_gifs/ --stage vae # first a VAE, whose latents are smaller than pixels
     python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
@@ -36,7 +37,7 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
-from video_diffusion.data.dataset import CLIPS, IMAGES, find_clips, read_captions
+from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
@@ -54,16 +55,19 @@ DEFAULTS = {
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
     'dim':              ((16, 64),               (16, 64)),     # thin at first: on a CPU the full resolution costs most
-    'dim_mults':        (((1, 4, 8), (1, 2, 4)), ((1, 2), (1, 2, 4))),
-    'attn_dim_head':    ((8, 32),                None),
+    'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
+    'attn_heads':       ((1, 8),                 None),
+    'attn_dim_head':    ((16, 32),               None),
     'linear_attention': ((False, True),          None),
     'time_compression': (None,                   (1, 4)),       # on a CPU there is no time to learn it
     'latent_channels':  (None,                   (4, 4)),
     'batch_size':       ((8, 64),                (8, 16)),
+    'objective':        (('x0', 'v'),            None),         # of x0 the last steps of sampling are free of grain
     'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4)),
-    'steps':            ((1600, 10000),          (800, 20000)),
+    'muon_lr':          ((0.01, None),           None),
+    'steps':            ((1300, 10000),          (800, 20000)),
     'image_steps':      (None,                   (600, 5000)),
-    'sample_every':     ((800, 1000),            (200, 1000)),
+    'sample_every':     ((650, 1000),            (200, 1000)),
 }
 
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
@@ -86,26 +90,29 @@ FLAGS = {
         Flag('--images', bool, False, 'train on png and jpg files of the folder too, as frames without motion', D),
         Flag('--flip', bool, False, 'mirror half of the clips (not where captions say left and right)'),
         Flag('--random-window', bool, False, 'from clips longer than --num-frames take any part, not the first'),
+        Flag('--fps', float, None, 'frames per second, whatever the files have; those between are left out', metavar='RATE'),
+        Flag('--clips-per-video', int, 1, 'each file counts as so many clips, from as many equal stretches of it'),
         Flag('--strict', bool, False, 'a damaged clip is an error, not a warning'),
     ],
     'network': [
         Flag('--dim', int, None, 'width of the first level'),
         Flag('--dim-mults', int, None, 'width of each level, in --dim', many=True),
-        Flag('--attn-dim-head', int, None, 'width of each of the 8 heads of temporal attention', D),
+        Flag('--attn-heads', int, None, 'heads of temporal attention', D),
+        Flag('--attn-dim-head', int, None, 'width of each of them', D),
         Flag('--linear-attention', 'switch', None, 'spatial linear attention at every level', D),
         Flag('--vae', str, None, 'a trained VAE, its results folder or a checkpoint: diffuse in its latents', D, metavar='RESULTS'),
         Flag('--cache-latents', bool, False, 'encode each clip once, into the folder latents/ beside the VAE', D),
         Flag('--low-res', int, None, 'with --vae: learn to enlarge clips so many times', D, metavar='FACTOR'),
     ],
     'diffusion': [
-        Flag('--objective', OBJECTIVES, 'v', 'what the network predicts', D),
+        Flag('--objective', OBJECTIVES, None, 'what the network predicts', D),
         Flag('--timesteps', int, 1000, 'diffusion steps', D),
         Flag('--schedule', tuple(SCHEDULES), 'cosine', 'how the noise grows', D),
         Flag('--schedule-shift', float, 1., 'above 1: more noise at every step', D),
         Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
         Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA), 5 is usual', D, metavar='GAMMA'),
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
-        Flag('--noise-bias', float, 3., 'above 1: train noisy steps more often, so that motion is learnt sooner', D),
+        Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
         Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
         Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
         Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
@@ -114,7 +121,8 @@ FLAGS = {
         Flag('--steps', int, None, 'optimiser steps'),
         Flag('--batch-size', int, None, 'clips per forward pass of each process'),
         Flag('--accumulate', int, 1, 'forward passes per step'),
-        Flag('--lr', float, None, 'learning rate, reached after --warmup steps'),
+        Flag('--lr', float, None, 'learning rate of Adam, reached after --warmup steps'),
+        Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all', D),
         Flag('--warmup', int, 50, 'steps of warm-up, before a cosine decay to zero'),
         Flag('--loss', tuple(LOSSES), 'l2', ''),
         Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
@@ -127,8 +135,8 @@ FLAGS = {
         Flag('--sample-every', int, None, 'steps between checkpoints with samples'),
         Flag('--sample-rows', int, 4, 'samples per checkpoint: the square of this', D),
         Flag('--sampler', tuple(samplers.SAMPLERS), 'ddpm', '', D),
-        Flag('--sample-steps', int, 25, 'steps of the sampler', D),
-        Flag('--cond-scale', float, 2., 'guidance towards the captions', D),
+        Flag('--sample-steps', int, 16, 'steps of the sampler', D),
+        Flag('--cond-scale', float, 1., 'guidance towards the captions, 1 is none', D),
     ],
     'several devices (torchrun)': [
         Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
@@ -158,7 +166,7 @@ def main() -> None:
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
-    folder = args.folder or toy_world(args, processes)
+    folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)
     if args.resume:
@@ -226,9 +234,9 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
 
 
-def clip_size(args: argparse.Namespace, folder: str | Path, multiple: int) -> tuple[int, int, int]:
+def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
     """Frames, height and width to train on: as the flags say, or like the clips; sides are multiples."""
-    frames, height, width = like_the_clips(folder, args.max_frames, args.max_size, multiple)
+    frames, height, width = like_the_clips(folder, args.fps, args.max_frames, args.max_size, multiple)
     if isinstance(args.image_size, int):
         height = width = args.image_size
     elif args.image_size is not None:
@@ -245,7 +253,7 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
         print(f'{size[0]} frames of {size[1]}x{size[2]}, {weights / 1e6:.1f} million weights, on {processes.device}')
 
 
-def diffusion_trainer(args: argparse.Namespace, given: dict, folder: str | Path, processes: distributed.Processes) -> Trainer:
+def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
     vae = vae_from_checkpoint(args.vae) if args.vae else None
     told = args.known_frames if args.low_res is None else 1.
     multiple = 2 ** (len(args.dim_mults) - 1) * (vae.space_compression if vae else 1)  # the U-Net halves frames so often
@@ -253,12 +261,11 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: str | Path,
     if vae and args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
-    files = find_clips(folder, CLIPS + IMAGES if args.images else CLIPS)
-    captioned = not args.unconditional and read_captions(files) is not None
+    captioned = not args.unconditional and folder.captions is not None
     if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
-    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
+    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels, attn_heads=args.attn_heads,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
                   cond_dim=encoder.dim if encoder else None, cond_frames=told > 0,
                   checkpoint_activations=args.checkpoint_activations)
@@ -274,9 +281,11 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: str | Path,
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob,
+        noise_bias=(2. if captioned else 1.) if args.noise_bias is None else args.noise_bias, muon_lr=args.muon_lr or None,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
+        fps=args.fps, clips_per_video=args.clips_per_video,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
         cond_scale=args.cond_scale if captioned else 1., sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
         compile=args.compile, shard=args.shard,
@@ -287,7 +296,7 @@ def vae_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
-def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:
+def vae_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:
     if args.init:
         source = causal_vae_from_sat(args.init) if Path(args.init).suffix == '.pt' else causal_vae_from_diffusers(args.init)
         vae = CausalVAE(**source.config)
@@ -309,7 +318,8 @@ def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distrib
         ema_decay=args.ema_decay, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
         max_grad_norm=args.max_grad_norm, amp=args.amp, horizontal_flip=args.flip, random_window=args.random_window,
-        strict=args.strict, save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
+        fps=args.fps, clips_per_video=args.clips_per_video, strict=args.strict,
+        save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
         processes=processes)
 
 

@@ -13,6 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line('markers', "slow: takes more than some seconds; `pytest -m 'not slow'` is for in between")
     calm = dict(deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])   # shrinking takes minutes
     settings.register_profile('quick', max_examples=6, derandomize=True, **calm)
     settings.register_profile('slow', max_examples=60, **calm)

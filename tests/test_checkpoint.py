@@ -205,7 +205,7 @@ def test_a_checkpoint_does_not_choose_what_is_fetched(runs, monkeypatch):
     with pytest.raises(ValueError, match="text encoder 'someone/something', which is no directory here: name it yourself"):
         diffusion_from_state(state)
     seen = []
-    monkeypatch.setattr('video_diffusion.networks.text.load_transformer', lambda name, kind: seen.append(name) or 1 / 0)
+    monkeypatch.setattr('video_diffusion.networks.text.load_transformer', lambda name, *_: seen.append(name) or 1 / 0)
     with pytest.raises(ValueError, match='ZeroDivisionError'):
         diffusion_from_state(state, text_encoder='bert-of-mine')
     assert seen == ['bert-of-mine']
@@ -313,7 +313,7 @@ def mutate(tree, chance):
         parent[chance.choice(['surprise', 5, 'vae', 'latent', 'unet', ''])] = chance.choice(ODD)
     elif kind == 2 and isinstance(old, torch.Tensor):
         parent[way[-1]] = chance.choice([
-            old[:1], old[None], old.half(), old.long(), old.flatten(), old.flatten()[:1].expand(10 ** 9, 100) if old.numel() else old, old * float('nan'),
+            old.flatten()[:1], old[None], old.half(), old.long(), old.flatten(), old.flatten()[:1].expand(10 ** 9, 100) if old.numel() else old, old * float('nan'),
             old.to('meta'), torch.zeros(1, device='meta').expand(10 ** 12), old.T.clone() if old.ndim == 2 else old, torch.nn.Parameter(old * 1.) if old.is_floating_point() else old])
     elif kind == 3 and isinstance(old, (int, float)):
         parent[way[-1]] = chance.choice([-old, old + 1, old * 2, old * 10 ** 9, float(old), str(old)])

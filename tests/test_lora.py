@@ -258,6 +258,17 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, kind, sto
     assert changed - {'scale'} == {name for name, p in whole.diffusion.named_parameters() if p.requires_grad}
 
 
+def test_muon_takes_adapters_for_matrices_and_goes_on_as_if_it_had_not_stopped(clips, tmp_path):
+    whole = make_trainer(clips, tmp_path / 'whole', muon_lr=0.01, train_num_steps=3)
+    assert [len(group['params']) for group in whole.optimizer.param_groups] == [0, 2 * len(lora_layers(whole.diffusion))]
+    whole.train()
+    make_trainer(clips, tmp_path / 'parts', muon_lr=0.01, train_num_steps=2).train()
+    second = make_trainer(clips, tmp_path / 'parts', muon_lr=0.01, train_num_steps=3)
+    second.load(-1)
+    second.train()
+    assert_same_state(second.state_dict(), whole.state_dict())
+
+
 def test_adapters_are_put_into_their_base_as_their_average(run, clips, tmp_path):
     trainer, results = run
     base = make_trainer(clips, tmp_path, rank=0).diffusion

@@ -14,7 +14,9 @@ know which room a thing lives in. Converters of other projects' weights come fro
 from . import checkpoint, distributed
 from .data import shapes
 from .data.dataset import GifDataset
+from .data.folder import ClipFolder
 from .data.gif import gif_to_tensor, video_tensor_to_gif
+from .data.mp4 import video_tensor_to_mp4, video_to_tensor
 from .data.show import show
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
@@ -35,9 +37,9 @@ from .vae.vae_checkpoint import vae_from_checkpoint
 from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'CausalVAE', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
+    'BertEncoder', 'CausalVAE', 'ClipFolder', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
     'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
     'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'load_lora',
     'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'show', 'unmerge_lora',
-    'vae_from_checkpoint', 'video_tensor_to_gif',
+    'vae_from_checkpoint', 'video_tensor_to_gif', 'video_tensor_to_mp4', 'video_to_tensor',
 ]

@@ -169,7 +169,7 @@ def misfit(value, place: Tensor) -> str | None:
         return 'is not a tensor of numbers'
     if value.shape != place.shape:
         return f'has shape {tuple(value.shape)}, expected {tuple(place.shape)}'
-    if value.is_floating_point() != place.is_floating_point() or value.is_complex():
+    if value.is_floating_point() != place.is_floating_point():
         return f'holds {value.dtype}, expected {place.dtype}'
     return None
 

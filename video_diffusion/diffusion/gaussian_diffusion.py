@@ -15,7 +15,7 @@ no bounds: they pass as they are, and nothing is clipped.
 """
 
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -245,17 +245,13 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         return self.to_user(x)
 
     def denoiser(
-        self, cond: Tensor | None = None, cond_scale: float = 1.,
-        *, negative: Tensor | None = None, rescale: float = 0., exponent: float | None = None,
-        known: tuple[Tensor, Tensor] | None = None,
+        self, cond: Tensor | None = None, scale_at: Callable[[int], float] = lambda t: 1.,
+        *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
     ) -> samplers.Denoiser:
-        """The function samplers ask: noisy video at step t -> clean video."""
+        """The function samplers ask: noisy video at step t -> clean video. `scale_at`: the scale of the guidance there."""
         def denoise(x, t):
-            scale = cond_scale
-            if exponent is not None:
-                scale = guidance.dynamic_scale(cond_scale, 1 - (t + 1) / self.num_timesteps, exponent)
-            t = torch.full((len(x),), t, device=x.device)
-            return self.predict_x0(x, t, cond, scale, negative=negative, rescale=rescale, known=known)
+            times = torch.full((len(x),), t, device=x.device)
+            return self.predict_x0(x, times, cond, scale_at(t), negative=negative, rescale=rescale, known=known)
         return denoise
 
     def predict_x0(

@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor
 
 from ..checks import number, one_of
-from . import known_frames, samplers
+from . import guidance, known_frames, samplers
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Sampling:
     eta: float = 0.                               # of 'ddim' only: the share of noise that is fresh
     guidance_rescale: float = 0.                  # these two are for large scales: see guidance.py
     dynamic_guidance: float | None = None         # exponent of a scale that grows during sampling
+    wave_guidance: bool = False                   # a scale that jumps about instead, as CogVideoX's does
     known_by: str | None = None                   # 'network', 'guide' or 'replace', see known_frames.py; None: the best
     frame_guidance: float | None = None           # weight of 'guide'; None: 5
 
@@ -45,10 +46,12 @@ class Sampling:
         number('frame_guidance', self.frame_guidance, 0)
         if self.eta and self.sampler != 'ddim':
             raise ValueError(f"eta={self.eta} says how much of DDIM's noise is fresh: it means nothing to sampler={self.sampler!r}")
-        led = negative or self.guidance_rescale or self.dynamic_guidance is not None
+        led = negative or self.guidance_rescale or self.dynamic_guidance is not None or self.wave_guidance
         if led and (not has_cond or self.cond_scale in (0, 1)):
-            raise ValueError('negative, guidance_rescale and dynamic_guidance need guidance: give cond and a cond_scale '
-                             f'above 1 (it is {self.cond_scale})')
+            raise ValueError('negative, guidance_rescale, dynamic_guidance and wave_guidance need guidance: give cond and a '
+                             f'cond_scale above 1 (it is {self.cond_scale})')
+        if self.wave_guidance and self.dynamic_guidance is not None:
+            raise ValueError('dynamic_guidance and wave_guidance are two ways for a scale to change: give one of them')
         if self.known_by is not None:
             one_of('known_by', self.known_by, known_frames.WAYS)
         if self.frame_guidance is not None and self.known_by not in (None, 'guide'):
@@ -61,8 +64,16 @@ class Sampling:
         """For the windows of a long video after the first. Scales 0 and 1 are without guidance, and without its refinements."""
         if cond_scale is None:
             return self
-        unled = dict(guidance_rescale=0., dynamic_guidance=None) if cond_scale in (0, 1) else {}
+        unled = dict(guidance_rescale=0., dynamic_guidance=None, wave_guidance=False) if cond_scale in (0, 1) else {}
         return Sampling(**{**vars(self), **unled, 'cond_scale': cond_scale})
+
+    def scale_at(self, t: int, timesteps: int, steps: int) -> float:
+        """The scale at step t of so many timesteps, of which the sampler takes so many steps."""
+        if self.wave_guidance:
+            return guidance.wave_scale(self.cond_scale, t, steps)
+        if self.dynamic_guidance is not None:
+            return guidance.dynamic_scale(self.cond_scale, 1 - (t + 1) / timesteps, self.dynamic_guidance)
+        return self.cond_scale
 
     def changed(self) -> dict:
         """The settings that are not the default: keywords for `sample`, and what a checkpoint holds."""
@@ -85,9 +96,10 @@ def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, gene
     known_by = None
     if known is not None:
         known_by = settings.known_by or ('network' if diffusion.prob_cond_frames else 'guide')
+    steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
     denoise = diffusion.denoiser(
-        request.cond, settings.cond_scale, negative=request.negative, rescale=settings.guidance_rescale,
-        exponent=settings.dynamic_guidance, known=(known, mask) if known_by == 'network' else None)
+        request.cond, partial(settings.scale_at, timesteps=diffusion.num_timesteps, steps=len(steps)), negative=request.negative,
+        rescale=settings.guidance_rescale, known=(known, mask) if known_by == 'network' else None)
     if known_by == 'guide':
         weight = 5. if settings.frame_guidance is None else settings.frame_guidance
         limit = math.inf if diffusion.latents else 1.
@@ -96,7 +108,6 @@ def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, gene
         denoise = known_frames.replaced(denoise, known, mask)
     if request.way is not None:
         denoise = samplers.recorded(denoise, request.way)
-    steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
     sampler = partial(samplers.ddim, eta=settings.eta) if settings.eta else samplers.SAMPLERS[settings.sampler]
     return sampler(denoise, noise, diffusion.alpha_bar, steps, generator=generator, progress=progress)
 

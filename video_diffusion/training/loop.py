@@ -268,6 +268,7 @@ class TrainingLoop(ABC):
             'seed': self.seed,
             'seconds': self.seconds,
             'counted_from': self.counted_from,
+            'fps': self.dataset.fps,  # of the clips: what is drawn plays at the same rate
             **{name: shard.whole(part.state_dict(), keep=self.processes.is_main) for name, part in self.parts.items()},
         }
 

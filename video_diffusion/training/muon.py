@@ -26,8 +26,8 @@ ENDS = ('init_conv', 'final_conv')                                 # where numbe
 
 def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The weights that learn: (matrices inside the network, all others)."""
-    inside = {module.weight for name, module in model.named_modules()
-              if isinstance(module, MATRICES) and name.split('.')[-1] not in ENDS}
+    layers = [module for name, module in model.named_modules() if isinstance(module, MATRICES) and name.split('.')[-1] not in ENDS]
+    inside = {weight for layer in layers for weight in layer.parameters(recurse=False) if weight.ndim > 1}   # of LoRA A and B, too
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     return [w for w in weights if w in inside], [w for w in weights if w not in inside]
 

@@ -1,6 +1,7 @@
 """What train.py and sample.py share: a table of flags that is also their help, errors in one line, clips to train on."""
 
 import argparse
+import os
 import shutil
 import sys
 from contextlib import contextmanager
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import shapes
-from ..data.dataset import clip_shape, find_clips
+from ..data.folder import ClipFolder
 from ..distributed import Processes
+
+# With VIDEO_DIFFUSION_TINY=1 every run is over in seconds: to try a command, and to test those of the README.
+TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=8, dim_mults=(1, 2), batch_size=2, sample_every=2, sample_rows=1,
+            sample_steps=2)
 
 
 class Flag(NamedTuple):
@@ -41,6 +46,10 @@ def parse(doc: str, groups: dict[str, list[Flag]], table: dict) -> tuple[argpars
             group.add_argument(*names, help=f'{flag.help} {default_text(flag, table.get(flag.dest))}'.strip(), **kind_of(flag))
     given = vars(parser.parse_args())
     defaults = {flag.dest: flag.default for flags in groups.values() for flag in flags}
+    if os.environ.get('VIDEO_DIFFUSION_TINY'):
+        tiny = {name: value for name, value in TINY.items() if name in defaults}
+        defaults |= tiny
+        given |= {name: min(given[name], 2 * value) for name, value in tiny.items() if name in given and name != 'dim_mults'}
     return argparse.Namespace(**{**defaults, **given}), given
 
 
@@ -103,16 +112,17 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: 
         shapes.make_shapes(unfinished, count, size, frames)
         unfinished.rename(folder)
     processes.any(False)  # the others wait here until it is drawn
-    there = len(find_clips(folder)), *clip_shape(folder)
+    clips = ClipFolder(folder)
+    there = len(clips.paths), *clips.shape()
     if there != (count, frames, size, size):
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
                          f'world asked for ({count} clips of {frames} frames of {size}x{size}): remove it first')
     return folder
 
 
-def like_the_clips(folder: str | Path, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
+def like_the_clips(clips: ClipFolder, fps: float | None, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
     """Frames, height and width like those of the clips, but not too large for a first run; sides are multiples."""
-    frames, height, width = clip_shape(folder)
+    frames, height, width = clips.shape(fps)
     shrink = min(1., largest / max(height, width))
     height, width = (max(multiple, round(side * shrink) // multiple * multiple) for side in (height, width))
     return min(frames, most_frames), height, width

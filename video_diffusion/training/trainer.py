@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import number, whole
-from ..data.dataset import CLIPS, IMAGES, GifDataset, seeded_generator
-from ..data.gif import video_tensor_to_gif
+from ..data.dataset import GifDataset, seeded_generator
+from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
 from ..data.show import enlarged
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
@@ -42,7 +42,7 @@ class Trainer(TrainingLoop):
     def __init__(
         self,
         diffusion: GaussianDiffusion,
-        folder: str | Path,
+        folder: str | Path | ClipFolder,
         *,
         ema_decay: float = 0.995, step_start_ema: int = 2000, update_ema_every: int = 10,  # before step_start_ema it only follows
         ema_warmup: bool = False,                # see ema.py
@@ -60,6 +60,7 @@ class Trainer(TrainingLoop):
         noise_bias: float = 1.,                  # above 1: more of the noisy steps, see `draw`
         horizontal_flip: bool = False,
         random_window: bool = False,             # of clips longer than num_frames
+        fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         strict: bool = False,                    # a damaged clip is an error, not a warning
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
@@ -78,6 +79,7 @@ class Trainer(TrainingLoop):
         begin(diffusion, processes, shard)
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                                 horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
+                                fps=fps, clips_per_video=clips_per_video,
                                 exts=CLIPS + IMAGES if images else CLIPS)
         super().__init__(
             diffusion, self.clips if latent_cache is None else LatentCache(self.clips, diffusion, latent_cache, processes),
@@ -190,7 +192,7 @@ class Trainer(TrainingLoop):
             videos = sample_many(self.diffusion, prompts, self.num_samples, batch_size=self.batch_size, seed=self.seed,
                                  processes=self.processes, low_res=self.small_clips(), **self.sampling.changed())
         if self.processes.is_main:
-            video_tensor_to_gif(enlarged(videos), path)
+            write_clip(enlarged(videos), path, self.clips.fps)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
         return path
@@ -249,7 +251,8 @@ def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> No
 
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
-    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, **sampling,
+    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, first_frames: Tensor | None = None,
+    **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     whole('batch_size', batch_size, 1)
@@ -261,8 +264,9 @@ def sample_many(
         # Who has none left draws one again: were it only to wait, the others would wait for its share of sharded weights.
         number = (turn * processes.world_size + processes.rank) % batches
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
-        if low_res is not None:
-            sampling['low_res'] = low_res.expand(count, -1, -1, -1, -1)[rows]
+        for name, clips in (('low_res', low_res), ('first_frames', first_frames)):      # one for all, or one for each
+            if clips is not None:
+                sampling[name] = clips.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
             progress=processes.is_main, **sampling).cpu()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..data.dataset import GifDataset, seeded_generator
-from ..data.gif import video_tensor_to_gif
+from ..data.folder import ClipFolder, write_clip
 from ..data.show import enlarged
 from ..distributed import Processes, best_device
 from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
@@ -50,7 +50,7 @@ class VAETrainer(TrainingLoop):
     def __init__(
         self,
         vae: nn.Module,
-        folder: str | Path,
+        folder: str | Path | ClipFolder,
         *,
         image_size: int | tuple[int, int],
         num_frames: int,
@@ -78,6 +78,7 @@ class VAETrainer(TrainingLoop):
         lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
         horizontal_flip: bool = False,
         random_window: bool = False,             # of clips longer than num_frames
+        fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         log_every: int = 10,
         seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
@@ -87,7 +88,7 @@ class VAETrainer(TrainingLoop):
         refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
         dataset, self.held_out = clips_to_train_and_measure_on(
             folder, held_out, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
-            random_window=random_window, seed=seed, strict=strict)
+            random_window=random_window, fps=fps, clips_per_video=clips_per_video, seed=seed, strict=strict)
         has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
@@ -231,7 +232,7 @@ class VAETrainer(TrainingLoop):
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            video_tensor_to_gif(enlarged(torch.cat(rows).cpu()), path)                                           # b c f h 3*w
+            write_clip(enlarged(torch.cat(rows).cpu()), path, self.dataset.fps)                                  # b c f h 3*w
         self.processes.any(False)                            # the others wait until it is drawn
         return path
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -63,6 +63,13 @@ def has_special_first_frame(frames: int, compression: int) -> bool:
     without = f'nearest: {low or compression} or {low + compression}'
     raise ValueError(f'{frames} frames: time is compressed by {compression}, so a clip has 1 + a multiple of '
                      f'that ({with_first}), or a multiple without a special first frame ({without})')
+
+
+def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(channels, frames, height, width) of the latents of videos."""
+    height, width = (side // vae.space_compression for side in image_size)
+    special = has_special_first_frame(num_frames, vae.time_compression)
+    return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
 
 
 def fitting_frames(frames: int, compression: int) -> int:

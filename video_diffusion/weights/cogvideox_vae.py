@@ -63,8 +63,8 @@ def vae_of_diffusers(config: dict) -> CausalVAE:
         time_compression=int(config['temporal_compression_ratio']))
 
 
-def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426):
-    """Writes config.json and the weights; `scaling_factor` is noted there for the diffusion model."""
+def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426, **more):
+    """Writes config.json and the weights; `scaling_factor`, and more if there is any, is noted there for the diffusion model."""
     config = vae.config
     if config['dim_mults'][0] != 1 or config['norm_scope'] != 'clip':
         raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
@@ -78,7 +78,7 @@ def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: 
         'down_block_types': ['CogVideoXDownBlock3D'] * len(channels),
         'up_block_types': ['CogVideoXUpBlock3D'] * len(channels),
         'layers_per_block': config['blocks_per_level'], 'norm_num_groups': config['norm_groups'],
-        'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor,
+        'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor, **more,
     })
 
 

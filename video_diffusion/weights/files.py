@@ -64,7 +64,7 @@ def read_sat(path: str | Path, like: str) -> dict[str, Tensor]:
     with torch.serialization.safe_globals(allowed):
         saved = checkpoint.load(path, mmap=True)
     for key in ('module', 'model', 'state_dict'):
-        if isinstance(saved, dict) and isinstance(saved.get(key), dict):
+        if isinstance(saved, dict) and isinstance(saved.get(key), dict) and all(isinstance(name, str) for name in saved[key]):
             return saved[key]
     raise ValueError(f"{path} holds no 'module', 'model' or 'state_dict': expected a file like {like}")
 
@@ -100,15 +100,15 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def read_config(path: str | Path, class_name: str, fixed: dict) -> dict:
+def read_config(path: str | Path, class_name: str, fixed: dict, name: str = 'config.json') -> dict:
     """The config.json that lies in a folder or beside a file; only what `class_name` and `fixed` say can be read."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not (folder / 'config.json').is_file():
-        raise FileNotFoundError(f'{folder} holds no config.json: give the folder that save_pretrained wrote')
-    with checkpoint.blaming(folder / 'config.json'):
-        config = json.loads((folder / 'config.json').read_text())
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f'{folder} holds no {name}: give the folder that save_pretrained wrote')
+    with checkpoint.blaming(folder / name):
+        config = json.loads((folder / name).read_text())
         other = {key: config[key] for key, value in fixed.items() if config.get(key, value) != value}
-        if config.get('_class_name') != class_name or other:
+        if not re.fullmatch(class_name, str(config.get('_class_name'))) or other:
             raise ValueError(f"it describes {config.get('_class_name')} with {other}: only {class_name} with {fixed} can be read")
     return config
 
