@@ -33,21 +33,22 @@ def film(name: str) -> torch.Tensor:
         return read_clip(wheel.extract(f'idtrackerai/data/{name}.avi', folder), channels=1, fps=14, size=(312, 386))
 
 
-def moving(film: torch.Tensor, stride: int, spots: int = 8) -> torch.Tensor:
-    """Clips (b 1 f h w) in [0, 1], from where most moves: as many spots as there are fish, in every so many-th frame."""
-    clips = []
+def moving(film: torch.Tensor, stride: int, spots: int = 5) -> torch.Tensor:
+    """Clips (b 1 f h w) in [0, 1], around what moves at their beginning (what swims in later, nobody can foretell), from every so many-th frame on."""
+    clips, half = [], SIDE // 2
     for start in range(0, film.shape[1] - FRAMES + 1, stride):
         clip = film[:, start:start + FRAMES].float() / 255
-        motion = F.avg_pool2d((clip[:, 1:] - clip[:, :-1]).abs().sum(dim=1), SIDE, stride=1)[0]
+        change = (clip[:, KNOWN] - clip[:, 0]).abs()                             # 1 h w
+        motion = F.avg_pool2d(change[..., half // 2:-half // 2 + 1, half // 2:-half // 2 + 1], half, stride=1)[0]
         for _ in range(spots):
-            y, x = divmod(motion.argmax().item(), motion.shape[1])
+            y, x = divmod(motion.argmax().item(), motion.shape[1])               # the corner of a crop that has it in the middle
             clips.append(clip[..., y:y + SIDE, x:x + SIDE])
-            motion[max(0, y - SIDE // 2):y + SIDE // 2, max(0, x - SIDE // 2):x + SIDE // 2] = 0     # elsewhere, the next time
+            motion[max(0, y - half):y + half, max(0, x - half):x + half] = 0     # elsewhere, the next time
     return torch.stack(clips)
 
 
 def make(folder: str) -> None:
-    for number, clip in enumerate(moving(film('test_A'), stride=3)[:600]):
+    for number, clip in enumerate(moving(film('test_A'), stride=2)[:600]):
         video_tensor_to_gif(clip, Path(folder) / f'{number:03}.gif', duration=70)
 
 

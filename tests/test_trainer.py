@@ -360,6 +360,7 @@ def test_a_share_of_clips_that_is_none_is_refused(clips, tmp_path, share):
         make_trainer(clips, tmp_path).train(prob_focus_present=share)
 
 
+@pytest.mark.slow
 def test_torch_compile_through_a_milestone(clips, tmp_path, monkeypatch):
     """Drawing and writing a GIF in between makes nothing compile again: one graph to train, and one each to sample with the
     caption and without it."""

@@ -79,8 +79,7 @@ class VAETrainer(TrainingLoop):
         horizontal_flip: bool = False,
         random_window: bool = False,             # of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
-        log_every: int = 10,
-        seed: int = 0,
+        log_every: int = 10, seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
