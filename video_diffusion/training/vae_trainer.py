@@ -91,7 +91,6 @@ class VAETrainer(TrainingLoop):
         has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
-
         self.vae = vae.to(processes.device).train()
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
