@@ -203,6 +203,36 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
         run('train.py', clips, *SMALL)
 
 
+@pytest.mark.parametrize('flags, says', [
+    (('--channels', 1), '--channels 1: the toy world is told apart by its colours'),
+    (('--device', 'banana'), "device='banana': this machine has cpu"),
+    (('--device', 'cuda:x'), "device='cuda:x': this machine has cpu"),
+    (('--steps', 0), 'train_num_steps=0: give a whole number, 1 or more'),
+    (('--max-grad-norm', 0), 'max_grad_norm=0.0: give a number above 0'),
+    (('--num-frames', 0), 'num_frames=0'),
+    (('--noise-bias', 'nan'), 'noise_bias=nan'),
+    (('--dim', 0), 'dim=0'), (('--dim', -8), 'dim=-8'), (('--dim-mults', 0), 'dim_mults=0'), (('--attn-dim-head', 1), 'attn_dim_head=1'),
+    (('--timesteps', 0), 'timesteps=0'), (('--known-frames', 2), 'prob_cond_frames=2'), (('--focus-present', 'nan'), 'prob_focus_present=nan'),
+    (('--offset-noise', -1), 'offset_noise=-1'), (('--null-cond-prob', 5), 'null_cond_prob=5'), (('--cond-scale', 'inf'), 'cond_scale=inf'),
+    (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
+    (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
+    (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),
+])
+def test_nonsense_on_the_command_line_is_one_sentence(run, clips, flags, says):
+    shutil.copytree(clips, 'data/shapes')
+    where = () if flags[0] in ('--toy-clips', '--channels', '--vae') else (clips,)
+    code, _, err = run('train.py', *where, *SMALL, *flags)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_size_that_does_not_fit_is_said_and_few_diffusion_steps_are_sampled_in_as_many(run, clips):
+    code, _, err = run('train.py', clips, *SMALL, '--image-size', 17)
+    assert code == 2 and '--image-size 17 17: this model takes sides that are multiples of 2' in err
+    assert run('train.py', clips, '--dim', 8, '--dim-mults', 1, 2, '--batch-size', 2, '--steps', 1, '--sample-rows', 1,
+               '--timesteps', 5, '--device', 'cpu')[0] == 0
+    assert checkpoint.load_run('results')['sampling']['steps'] == 5
+
+
 def test_sampling_is_shared_among_processes(run, clips, tmp_path):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a\nb\nc\n')
