@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
+from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif, video_tensor_to_mp4
+from video_diffusion.data.folder import clip_shape
 from video_diffusion.vae.causal_vae import CausalVAE
 from video_diffusion.weights.cogvideox_vae import causal_vae_to_diffusers
 
@@ -71,6 +72,29 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     assert code == 0 and '2 frames of 8x12' in out
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
     assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 8, 12)
+
+
+def test_a_folder_of_films_in_and_films_out(run):
+    pytest.importorskip('av')
+    for name in ('a', 'b'):
+        video_tensor_to_mp4(torch.rand(3, 1, 16, 16).repeat(1, 30, 1, 1), f'films/{name}.mp4', fps=30, lossless=True)
+    flags = ['--fps', 5, '--clips-per-video', 3, '--random-window', '--num-frames', 3, '--known-frames', 0.5]
+    code, out, err = run('train.py', 'films', *SMALL, *flags)
+    assert code == 0 and '6 clips in films' in out and '3 frames of 16x16' in out, err
+    assert checkpoint.load('results/model-1.pt')['fps'] == 5 and clip_shape('results/1.gif')[1] == pytest.approx(5)
+
+    code, out, _ = run('sample.py', 'results', '--format', 'mp4', '--first-frames', 'films/a.mp4', '--known', 1, '--count', 2, '--device', 'cpu')
+    assert code == 0 and sorted(path.name for path in Path('samples').iterdir()) == ['000.mp4', '001.mp4', 'all.mp4']
+    assert clip_shape('samples/001.mp4')[:3] == (3, 5, 16)
+    code, _, _ = run('sample.py', 'results', '--fps', 20, '--count', 1, '--device', 'cpu')
+    assert code == 0 and clip_shape('samples/000.gif')[1] == pytest.approx(20)
+    code, _, err = run('sample.py', 'results', '--fps', 0)
+    assert code == 2 and 'fps=0' in err and len(err.splitlines()) == 1
+
+    code, _, err = run('train.py', 'films', '--stage', 'vae', *SMALL[:10], '--image-steps', 0, '--fps', 5, '--time-compression', 1, '--device', 'cpu')
+    assert code == 0, err
+    code, out, err = run('sample.py', 'results_vae', '--reconstruct', 'films/a.mp4', '--format', 'mp4', '--fps', 10, '--device', 'cpu')
+    assert code == 0 and clip_shape('samples/a.mp4') == (10, 10, 16, 16), err
 
 
 def test_clips_and_images_together(run, clips):
