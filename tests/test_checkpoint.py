@@ -321,6 +321,7 @@ def mutate(tree, chance):
         parent[way[-1]] = copy.deepcopy(chance.choice(ODD))
 
 
+@pytest.mark.slow
 def test_no_mutation_of_a_checkpoint_ends_in_anything_but_a_sentence(runs, tmp_path, slow):
     """Trees are mutated, and bytes; the only errors are ValueError and OSError, and memory does not grow."""
     outcomes = {'loaded': 0, 'refused': 0}

@@ -26,6 +26,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf'^```{language}\n(.*?)^```', README, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_every_python_block_runs_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     cells = blocks('python')

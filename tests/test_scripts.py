@@ -257,6 +257,7 @@ def test_a_size_that_does_not_fit_is_said_and_few_diffusion_steps_are_sampled_in
     assert checkpoint.load_run('results')['sampling']['steps'] == 5
 
 
+@pytest.mark.slow
 def test_sampling_is_shared_among_processes(run, clips, tmp_path):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a\nb\nc\n')

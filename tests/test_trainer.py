@@ -181,6 +181,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(clips, tmp_path):
     """A real process, real SIGKILLs; it saves at every step, so that many kills fall into a save."""
     def start(results):
@@ -398,6 +399,7 @@ distributed.close()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_with_twice_the_batch(clips, tmp_path):
     def code(name, batch):
         path = tmp_path / f'{name}.py'
