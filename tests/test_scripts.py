@@ -91,7 +91,7 @@ def test_a_folder_of_films_in_and_films_out(run):
     code, _, err = run('sample.py', 'results', '--fps', 0)
     assert code == 2 and 'fps=0' in err and len(err.splitlines()) == 1
 
-    code, _, err = run('train.py', 'films', '--stage', 'vae', *SMALL[:10], '--image-steps', 0, '--fps', 5, '--time-compression', 1, '--device', 'cpu')
+    code, _, err = run('train.py', 'films', '--stage', 'vae', *SMALL[:11], '--image-steps', 0, '--fps', 5, '--time-compression', 1, '--device', 'cpu')
     assert code == 0, err
     code, out, err = run('sample.py', 'results_vae', '--reconstruct', 'films/a.mp4', '--format', 'mp4', '--fps', 10, '--device', 'cpu')
     assert code == 0 and clip_shape('samples/a.mp4') == (10, 10, 16, 16), err
