@@ -429,3 +429,22 @@ def test_the_command_line_from_a_vae_to_samples(clips, tmp_path, monkeypatch, ca
     assert code == 2 and 'give --vae too' in err
     code, err = run('train.py', clips, *small[:-4], '--vae', 'results', '--results', 'other')
     assert code == 2 and 'holds no VAE' in err
+
+
+def test_editing_and_checkpoints_as_for_pixels(tmp_path):
+    """What GaussianDiffusion does to a video, by way of its latents: there, changed, and back."""
+    diffusion = make()
+    shape = (1, diffusion.channels, diffusion.num_frames, diffusion.height, diffusion.width)
+    video, other = torch.rand(shape), torch.rand(shape)
+    z, y = diffusion.latents(video), diffusion.latents(other)
+    noise = diffusion.ddim_invert(video, steps=4, progress=False)
+    assert torch.equal(noise, diffusion.diffusion.ddim_invert(z, steps=4, progress=False))
+    assert ddim(diffusion, noise=noise, batch_size=1).shape == shape
+    between = diffusion.interpolate(video, other, t=3, lam=0.3, seed=1, progress=False)
+    assert torch.equal(between, diffusion.decode(diffusion.diffusion.interpolate(z, y, 3, 0.3, seed=1, progress=False)))
+    state = {'config': diffusion.config(), 'model': diffusion.state_dict(), 'ema': {'average': {}, 'updates': 0}}
+    checkpoint.save(state, tmp_path / 'model-1.pt')
+    again = LatentDiffusion.from_checkpoint(tmp_path)
+    assert torch.equal(again.interpolate(video, other, t=3, lam=0.3, seed=1, progress=False), between)
+    with pytest.raises(ValueError, match='expected .batch'):
+        diffusion.ddim_invert(video[:, :, :1], steps=4)
