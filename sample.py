@@ -93,10 +93,9 @@ def main() -> None:
     processes = distributed.init(device=args.device)
     pretrained = (Path(args.checkpoint) / INDEX).is_file()
     if pretrained:
-        defaults = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1)
-        if args.cond_scale in (0, 1):
-            del defaults['negative']
-        given = defaults | given
+        given = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1) | given
+        if given['cond_scale'] in (0, 1) and args.negative is None:
+            given['negative'] = None                               # '' is one too, and would need guidance
         args = argparse.Namespace(**vars(args) | given)
     state = {'config': {}} if pretrained else checkpoint.load_run(args.checkpoint)
     is_vae = 'vae' in state['config']

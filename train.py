@@ -37,6 +37,7 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
+from video_diffusion.checks import whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
@@ -166,6 +167,7 @@ def main() -> None:
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
+    whole('seed', args.seed, 0, 2 ** 63 - 1)
     folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)

@@ -217,6 +217,7 @@ for read, path in zip((dit_from_diffusers, dit_from_sat), sys.argv[1:]):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='needs the memory accounting of Linux')
 def test_a_large_model_is_held_once_while_it_is_loaded(tmp_path):
     """240 MB, in bf16; the SAT file holds another 240 MB that are not ours."""

@@ -157,7 +157,7 @@ read_clip({str(tmp_path / f"a.{kind}")!r}, size=(16, 16))
 print(getrusage(RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5e5                                           # kilobytes, beyond those of PyTorch
+    assert int(done.stdout) < 3.5e5                                           # kilobytes, beyond those of PyTorch
 
 
 def test_every_damage_of_a_picture_is_the_one_error(tmp_path):
@@ -232,11 +232,12 @@ def test_the_rate_of_a_folder(folder):
     assert GifDataset(clips, 8).fps == pytest.approx(20) and GifDataset(clips, 8, fps=5).fps == 5
 
 
-@pytest.mark.skipif('--slow' not in sys.argv and not os.environ.get('SLOW'), reason='SLOW=1: it makes 100,000 files')
-def test_a_hundred_thousand_clips(tmp_path):
-    """Twenty seconds, of one core and not of a clock that others move too, and 200 MB; in its own process, to measure it."""
+def test_a_hundred_thousand_clips(tmp_path, slow):
+    """Twenty seconds, of one core and not of a clock that others move too, and 200 MB; in its own process, to measure it. Without
+    --slow a twentieth of that."""
+    count = 100_000 if slow else 5_000
     one = save(tmp_path / 'one.gif').read_bytes()
-    for i in range(100_000):
+    for i in range(count):
         if i % 1000 == 0:
             (tmp_path / 'clips' / f'{i // 1000:03}').mkdir(parents=True)
         name = tmp_path / 'clips' / f'{i // 1000:03}' / f'{i:06}'
@@ -257,4 +258,4 @@ print(there - start, time.process_time() - there, memory() - before)
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     seconds, first_batch, megabytes = map(float, done.stdout.split())
     print(f'{seconds:.1f} s, first batch after {first_batch:.1f} s more, {megabytes:.0f} MB')
-    assert seconds < 20 and first_batch < 5 and megabytes < 200
+    assert seconds < 2 + 18 * count / 100_000 and first_batch < 5 and megabytes < 60 + 140 * count / 100_000

@@ -142,6 +142,8 @@ def test_gifs_have_times_too(tmp_path):
     assert (gif_to_tensor(tmp_path / 'a.gif', fps=8)[0, :, 0, 0] * 255 / 20).round().tolist() == [0, 3, 5, 8, 10]
     assert (gif_to_tensor(tmp_path / 'a.gif', fps=40)[0, :, 0, 0] * 255 / 20).round().tolist()[:5] == [0, 1, 1, 2, 2]
     assert clip_shape(tmp_path / 'a.gif') == (12, 20, 4, 4)
+    video_tensor_to_gif(video, tmp_path / 'a.gif', duration=0)              # as fast as can be: browsers show ten per second
+    assert clip_shape(tmp_path / 'a.gif')[1] == pytest.approx(10)
 
 
 @pytest.mark.parametrize('name, codec', [('a.mp4', 'libx264'), ('a.mkv', 'libx264'), ('a.mov', 'libx264'), ('a.webm', 'libvpx-vp9'), ('a.avi', 'mpeg4')])

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import test_cogvideox
 import torch
 from nbclient import NotebookClient
+from PIL import Image
 
 from video_diffusion import shapes, video_tensor_to_gif, video_tensor_to_mp4
 
@@ -24,6 +26,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf'^```{language}\n(.*?)^```', README, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_every_python_block_runs_in_a_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     cells = blocks('python')
@@ -46,6 +49,7 @@ def desk(tmp_path, monkeypatch):
     video_tensor_to_gif(torch.rand(3, 8, 8, 8), 'small.gif')
     for i in range(2):
         video_tensor_to_mp4(torch.rand(3, 12, 32, 32), f'my_films/{i}.mp4', fps=8)
+    Image.new('RGB', (24, 16), (90, 160, 40)).save('cat.png')
     return tmp_path
 
 
@@ -53,6 +57,9 @@ def desk(tmp_path, monkeypatch):
 @pytest.mark.parametrize('block', [block for block in blocks('bash') if 'python' in block or 'torchrun' in block])
 def test_every_shell_block_runs(block, desk, monkeypatch):
     """Line by line, each as its user would type it; two processes stand for any number, for this machine is small."""
+    if 'CogVideoX' in block:                                        # tiny and random, in diffusers' own layout
+        test_cogvideox.save('CogVideoX-2b', 'sincos', 'ddim', 9)
+        test_cogvideox.save('CogVideoX-5b-I2V', 'learned', 'dpm++2m_sde', 9)
     ran = 0
     for line in block.splitlines():
         words = shlex.split(line, comments=True)

@@ -59,6 +59,7 @@ def test_recomputed_activations_change_no_output_and_no_gradient(flavour):
         assert torch.equal(lean(x, time, **given), plain(x, time, **given))
 
 
+@pytest.mark.slow
 def test_the_network_compiles_to_one_graph_and_only_once():
     """A graph break, or a second compilation at a later step of training, would show in the count. All flavours at once, blocks
     computed twice, and one level, for tracing takes its time."""

@@ -71,8 +71,8 @@ def video_shape(path) -> tuple[int, float, int, int]:
 
 @contextmanager
 def opened(path) -> Iterator[tuple]:
-    """The file and its first film; damage is not hidden, and nothing else is opened."""
-    limits = {'err_detect': 'explode', 'max_pixels': str(MAX_PIXELS)}
+    """The file and its first film; nothing else is opened."""
+    limits = {'max_pixels': str(MAX_PIXELS)}
     whitelists = {'format_whitelist': FORMATS, 'protocol_whitelist': 'file'}
     with import_av().open(f'file:{path}', options=limits, container_options=whitelists) as container:
         if not container.streams.video:

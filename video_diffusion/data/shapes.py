@@ -69,9 +69,8 @@ def captions() -> list[str]:
 def make_shapes(folder, count: int, image_size: int = 32, num_frames: int = 8, seed: int = 0) -> Path:
     """Write `count` random clips as `00000.gif`, ... and their captions as `00000.txt`, ... beside them."""
     whole('count', count, 1)
-    folder = Path(folder)
+    folder, clip_seeds = Path(folder), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    clip_seeds = random.Random(seed)
     for index in range(count):
         video, caption = random_clip(clip_seeds.getrandbits(48), image_size, num_frames)
         video_tensor_to_gif(video, folder / f'{index:05d}.gif')

@@ -79,8 +79,7 @@ class Trainer(TrainingLoop):
         begin(diffusion, processes, shard)
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                                 horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
-                                fps=fps, clips_per_video=clips_per_video,
-                                exts=CLIPS + IMAGES if images else CLIPS)
+                                fps=fps, clips_per_video=clips_per_video, exts=CLIPS + IMAGES if images else CLIPS)
         super().__init__(
             diffusion, self.clips if latent_cache is None else LatentCache(self.clips, diffusion, latent_cache, processes),
             optimizer=(adam(diffusion.parameters(), train_lr) if muon_lr is None else
@@ -91,8 +90,7 @@ class Trainer(TrainingLoop):
             save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
             processes=processes)
         self.null_cond_prob, self.noise_bias, self.images = null_cond_prob, noise_bias, images
-        self.num_samples = num_sample_rows ** 2
-        self.enlarges = getattr(diffusion, 'low_res', None) is not None
+        self.num_samples, self.enlarges = num_sample_rows ** 2, getattr(diffusion, 'low_res', None) is not None
         self.prepare_captions(folder)
         if compile:
             diffusion.denoise_fn.compile()       # in place: the weights keep their names

@@ -79,8 +79,7 @@ class VAETrainer(TrainingLoop):
         horizontal_flip: bool = False,
         random_window: bool = False,             # of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
-        log_every: int = 10,
-        seed: int = 0,
+        log_every: int = 10, seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
@@ -92,7 +91,6 @@ class VAETrainer(TrainingLoop):
         has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
-
         self.vae = vae.to(processes.device).train()
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
