@@ -162,7 +162,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         batch_size: int = 16,                         # only where cond does not say
         *,
         seed: int | None = None,
-        progress: bool = True,
+        progress: samplers.Progress = True,
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
         negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
         return_all: bool = False,
