@@ -19,9 +19,9 @@ LEFT_OUT = {'--debug', '--compile'}              # one shows tracebacks, the oth
 
 
 def draw(flags: list, chance: random.Random) -> list[str]:
-    """One to four flags with values that may make sense."""
+    """One to three flags with values that may make sense."""
     line = []
-    for flag in chance.sample(flags, chance.choice([1, 1, 2, 2, 3, 4])):
+    for flag in chance.sample(flags, chance.choice([1, 1, 1, 2, 3])):
         line += [flag.name] * flag.name.startswith('--')
         if flag.kind not in (bool, 'switch'):
             values = [*flag.kind, 'x'] if isinstance(flag.kind, tuple) else WORDS[flag.kind]
@@ -55,4 +55,4 @@ def test_no_command_line_ends_in_a_traceback(run, clips, monkeypatch, slow, scri
         assert code == 0 or len(said) == 1, (line, err)
         ended[code] += 1
     print(f'{script}: {ended[0]} ran, {ended[2]} were refused')
-    assert all(ended.values())
+    assert ended[2] and (ended[0] or not slow)
