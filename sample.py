@@ -17,6 +17,7 @@ CogVideoX, drawn from as its authors do. Writes one GIF (or mp4) per video and o
 
 import argparse
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from video_diffusion.weights.cogvideox_lora import FILE as LORA_FILE
 FLAGS = {
     'what': [
         Flag('checkpoint', str, None, 'a results folder (its newest checkpoint is taken), a model-<n>.pt, or a CogVideoX folder'),
+        Flag('--text-encoder', str, None, 'name or folder of the frozen text encoder that it was trained with', metavar='NAME'),
         Flag('--lora', str, None, 'adapters to put into it: a results folder of theirs, or a file of diffusers', metavar='PATH'),
         Flag('--lora-scale', float, 1., 'how much of their change to make'),
         Flag('--out', str, 'samples', 'folder for the videos', metavar='FOLDER'),
@@ -105,6 +107,8 @@ def main() -> None:
     if args.format == 'mp4':
         import_av()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):                     # can it be written?
+        pass
     if is_vae:
         idle = given.keys() - {'checkpoint', 'reconstruct', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
         if idle:
@@ -119,12 +123,16 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     if state['config']:
         if args.image_size is not None:
             raise ValueError('--image-size is for CogVideoX: other models draw videos of the size that they were trained for')
-        diffusion = diffusion_from_state(state)
+        diffusion = diffusion_from_state(state, args.text_encoder)
     else:
+        if args.text_encoder is not None:
+            raise ValueError('--text-encoder is for checkpoints, in which there is none: this folder has its own')
         diffusion = cogvideox_from_folder(args.checkpoint, args.frames, args.image_size)
         args.frames = None                                         # it draws as many at once
         if processes.device.type == 'cpu':
             diffusion.float()                                      # most CPUs are slow at anything shorter
+    if args.text_encoder is not None and not diffusion.denoise_fn.has_cond:
+        raise ValueError('--text-encoder: this model was trained without captions, leave it out')
     if args.lora is not None:
         put_in_lora(diffusion, args.lora, args.lora_scale)
     diffusion.to(processes.device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..checks import number, one_of, video_shape, whole
 from ..networks import network_config, network_from_config, same_network
-from ..networks.text import BertEncoder, text_encoder_from_config
+from ..networks.text import named_bert, text_encoder_from_config
 from . import guidance, known_frames, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
@@ -65,7 +65,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         super().__init__()
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
-        self.bert = None
+        self.bert, self.bert_name = None, 'bert-base-cased'
         self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
         whole('image_size', min(self.height, self.width), 1)
@@ -162,7 +162,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         batch_size: int = 16,                         # only where cond does not say
         *,
         seed: int | None = None,
-        progress: bool = True,
+        progress: samplers.Progress = True,
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
         negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
         return_all: bool = False,
@@ -284,8 +284,10 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
                              'them to it with load_lora')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
-        return cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
-                   text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
+        model = cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
+                    text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
+        model.bert_name = text_encoder                # a file does not choose what is fetched
+        return model
 
     @classmethod
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
@@ -318,7 +320,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
         if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
-            self.bert = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+            self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
         return self.encode(self.bert, cond)
 
     def encode(self, encoder: nn.Module, texts: list[str]) -> Tensor:

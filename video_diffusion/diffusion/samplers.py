@@ -19,7 +19,7 @@ Every coefficient is a Python float from the float64 schedule: exact, the same o
 step waits for the device. They hold at both ends: from alpha = 0 (see `zero_snr`) and to the clean video.
 """
 
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from .noise_schedule import posterior
 from .objective import to_noise
 
 Denoiser = Callable[[Tensor, int], Tensor]
+Progress = bool | Callable[[list[int]], Iterable[int]]    # a bar or none; or what hands out the steps, or raises
 
 SPACINGS = ('trailing', 'leading', 'linspace')
 
@@ -59,17 +60,22 @@ def recorded(denoise: Denoiser, way: list[Tensor]) -> Denoiser:
     return denoise_and_record
 
 
-def levels(alpha_bar: Tensor, steps: list[int], progress: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+def levels(alpha_bar: Tensor, steps: list[int], progress: Progress) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each step: t, its alpha bar, and the alpha bar of the step that comes next (1, the clean video, at the end)."""
     clean = torch.ones((), dtype=alpha_bar.dtype)
     following = [alpha_bar[t] for t in steps[1:]] + [clean]
-    for t, after in zip(tqdm(steps, desc='sampling', disable=not progress, leave=False), following):
+    watched = progress(steps) if callable(progress) else bar(steps, progress)
+    for t, after in zip(watched, following):
         yield t, alpha_bar[t], after
+
+
+def bar(steps: list[int], shown: bool = True) -> tqdm:
+    return tqdm(steps, desc='sampling', disable=not shown, leave=False)
 
 
 def ddpm(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the one to trust, given all steps."""
     for t, here, after in levels(alpha_bar, steps, progress):
@@ -79,7 +85,7 @@ def ddpm(
 
 def ddim(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, eta: float = 0., generator: torch.Generator | None = None, progress: bool = False,
+    *, eta: float = 0., generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """Keep the noise that x implies and only lower its share (Song et al. 2020, arXiv 2010.02502, eq. 12).
 
@@ -93,7 +99,7 @@ def ddim(
 
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): DDIM that looks half a step ahead.
 
@@ -110,7 +116,7 @@ def dpmpp_2m(
 
 def dpmpp_2m_sde(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """The same for ancestral sampling (SDE-DPM-Solver++ 2M, as in CogVideoX): fresh noise repairs earlier mistakes."""
     before = None
