@@ -8,6 +8,7 @@
     python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
     python train.py --network dit        # a transformer in place of the U-Net
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
+    python train.py my_videos/ --model CogVideoX-2b/ --lora 128      # fine-tune a trained model by thin adapters, or all of it
     torchrun --nproc_per_node=4 train.py my_gifs/ --amp
     torchrun --nproc_per_node=4 train.py my_gifs/ --dim 256 --shard     # each process holds a quarter of the model
     torchrun --nproc_per_node=4 train.py my_gifs/ --stage vae --context-parallel 2
@@ -42,14 +43,17 @@ from video_diffusion import (
 from video_diffusion.checks import whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.data.show import enlarged
+from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
 from video_diffusion.networks.text import word_rows
+from video_diffusion.training.finetune import ADAM, begin_with, caches, recipe
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.training.vae_trainer import start_from
 from video_diffusion.vae.frame_shares import fitting_frames
-from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_sat
+from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_sat, cogvideox_defaults, cogvideox_from_folder
+from video_diffusion.weights.cogvideox import INDEX
 
 # What a flag means that is not given, where that depends on the device: (CPU, GPU), with --stage vae (CPU, GPU), and with
 # --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns train the toy world in about ten minutes.
@@ -101,6 +105,11 @@ FLAGS = {
         Flag('--clips-per-video', int, 1, 'each file counts as so many clips, from as many equal stretches of it'),
         Flag('--held-out', int, 0, 'clips never trained on: the loss on them, per noise level, is in log.csv', D),
         Flag('--strict', bool, False, 'a damaged clip is an error, not a warning'),
+    ],
+    'fine-tuning': [
+        Flag('--model', str, None, 'begin with a trained one: a CogVideoX folder, or results of this library', D, metavar='PATH'),
+        Flag('--lora', int, None, 'of its weights none learn, but thin matrices of this rank beside them', D, metavar='RANK'),
+        Flag('--lora-alpha', float, None, 'how much these count for [as their rank]', D, metavar='ALPHA'),
     ],
     'network': [
         Flag('--network', ('unet', 'dit'), 'unet', 'a U-Net, or a transformer over patches of the clip', D),
@@ -181,7 +190,8 @@ def main() -> None:
     whole('seed', args.seed, 0, 2 ** 63 - 1)
     folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
-    trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)
+    make = diffusion_trainer if args.model is None else fine_tuner
+    trainer = vae_trainer(args, folder, processes) if args.stage == V else make(args, given, folder, processes)
     if args.resume:
         trainer.load(-1)
     if args.stage == V:
@@ -202,9 +212,13 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
     sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
     of_dit, of_unet = {'depth', 'patch', 'frame_patch'}, {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images'}
-    idle = given.keys() & (of_unet if args.network == 'dit' else of_dit)
+    of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
+    of_model |= {'channels', 'unconditional', 'images', 'loss'}
+    idle, beside = given.keys() & (of_unet if args.network == 'dit' else of_dit), f'--network {args.network}'
+    if args.model:
+        idle, beside = given.keys() & of_model, '--model, which knows that itself'
     if idle:
-        raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with --network {args.network}')
+        raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with {beside}')
     for idle, sentence in [
         ('toy_clips' in given and args.folder, '--toy-clips: the toy world is drawn only where no folder is given'),
         ('channels' in given and args.vae, '--channels: with --vae they are those of the VAE'),
@@ -215,6 +229,10 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
          'time, and --init reads causal VAEs only; leave --time-compression and --init out'),
         (args.init and sizes & given.keys(), '--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, '
          '--time-compression and --latent-channels out'),
+        (args.model and not args.folder, '--model: give a folder of clips to fine-tune on'),
+        ((args.lora or args.lora_alpha) and not args.model, '--lora and --lora-alpha: adapters lie beside trained weights, so give '
+         '--model too'),
+        (args.lora_alpha and not args.lora, '--lora-alpha: it is the strength of adapters, so give --lora too'),
         (args.ignore and not args.init, '--ignore: names weights that --init is not to take over, and there is no --init'),
         (args.cache_latents and not args.vae, '--cache-latents: there are latents only with a VAE, so give --vae too'),
         (args.low_res is not None and (not args.vae or args.known_frames), '--low-res: clips are enlarged in latents, and the '
@@ -233,7 +251,7 @@ def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> Non
         args.image_size = args.image_size or 32  # small clips leave too little of a latent
     if 'sample_steps' not in given:
         args.sample_steps = min(args.sample_steps, max(1, args.timesteps))
-    for name, columns in DEFAULTS.items():
+    for name, columns in DEFAULTS.items() if args.model is None else ():         # a trained model has others: see fine_tuner
         depends_on_clips = args.folder is not None and name in ('image_size', 'num_frames')
         column = columns[2 if args.network == 'dit' and len(columns) > 2 else args.stage == V]
         if getattr(args, name, None) is None and column is not None and not depends_on_clips:
@@ -297,18 +315,47 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
+    return trainer_of(args, diffusion, folder, processes, noise_bias=(2. if captioned else 1.) if args.noise_bias is None else
+                      args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
+
+
+def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob,
-        noise_bias=(2. if captioned else 1.) if args.noise_bias is None else args.noise_bias, muon_lr=args.muon_lr or None,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, muon_lr=args.muon_lr or None,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
         fps=args.fps, clips_per_video=args.clips_per_video, held_out=args.held_out,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale if captioned else 1., sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
-        compile=args.compile, shard=args.shard,
-        latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
+        cond_scale=args.cond_scale if diffusion.denoise_fn.has_cond else 1., sampler=args.sampler, sample_steps=args.sample_steps,
+        seed=args.seed, compile=args.compile, shard=args.shard, processes=processes, **more)
+
+
+def fine_tuner(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
+    """A run that begins with a trained model: see finetune.py."""
+    pretrained = (Path(args.model) / INDEX).is_file()
+    if pretrained:
+        size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
+        diffusion, how = cogvideox_from_folder(args.model, args.num_frames, size), cogvideox_defaults(args.model)
+    else:
+        if given.keys() & {'num_frames', 'image_size'}:
+            raise ValueError(f'--num-frames and --image-size: clips are to be of the size that {args.model} was trained for')
+        state = checkpoint.load_run(args.model)
+        diffusion, how = diffusion_from_state(state), {'fps': state.get('fps'), **state.get('sampling', {})}
+    usual = {flag.dest: flag.default for group in FLAGS.values() for flag in group}
+    for name, value in recipe(pretrained, args.lora, how).items():
+        if name not in given and getattr(args, name) == usual[name]:                  # nor is the run to be tiny
+            setattr(args, name, value)
+    args.amp = args.amp or pretrained and args.lora is None and processes.device.type != 'cpu'
+    begin_with(diffusion, processes.device, args.lora, args.lora_alpha, args.checkpoint_activations or pretrained)
+    say_what_is_trained((diffusion.num_frames, diffusion.height, diffusion.width), diffusion, processes)
+    frames = folder.shape(args.fps)[0]
+    if frames < diffusion.num_frames and processes.is_main:
+        print(f'half of the clips have {frames} frames or fewer: up to {diffusion.num_frames} their last one stands still, and the '
+              'model will learn that; give longer clips')
+    return trainer_of(args, diffusion, folder, processes, noise_bias=args.noise_bias, **(ADAM if pretrained else {}),
+                      **caches(args.model, diffusion, clips_change=args.flip or args.random_window))
 
 
 def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | None, captions: list[str], **how) -> Unet3D | DiT:
@@ -364,7 +411,8 @@ def report(args: argparse.Namespace, trainer: Trainer | VAETrainer) -> None:
     else:
         example = f' --prompt "{trainer.dataset.captions[0]}"' if trainer.use_captions else ''
         example += '' if args.low_res is None else ' --low-res small.gif'
-        print(f'to sample from it: python sample.py {results}{example}')
+        example += '' if trainer.asks_for != 'image_scale' else ' --image first.png'
+        print(f'to sample from it: python sample.py {results if args.lora is None else f"{args.model} --lora {results}"}{example}')
 
 
 def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:

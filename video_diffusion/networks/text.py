@@ -213,21 +213,23 @@ class CaptionCache:
             self.kept[text], self.room = row, self.room - row.numel()
         return row
 
+    def file(self, text: str) -> Path:
+        return self.folder / (hashlib.sha256(text.encode()).hexdigest()[:32] + '.pt')
+
     def ask_the_disk(self, text: str) -> torch.Tensor:
-        file = self.folder / (hashlib.sha256(text.encode()).hexdigest()[:32] + '.pt')
-        if file.exists():
-            return checkpoint.load(file).float()
+        if self.file(text).exists():
+            return checkpoint.load(self.file(text)).float()
         row = self.embed([text])[0].cpu()
         short = row.bfloat16()
-        checkpoint.save(short if torch.equal(short.float(), row) else row, file)
+        checkpoint.save(short if torch.equal(short.float(), row) else row, self.file(text))
         return row
 
     def fill(self, texts: set[str], processes: Processes) -> None:
-        """Ask for all of them; several processes share them out."""
+        """Ask for all that are not there yet; several processes share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        ours = sorted(texts)[processes.rank::processes.world_size]
-        for text in tqdm(ours, desc='encoding captions', unit='caption', disable=not processes.is_main):
-            self([text])
+        missing = [text for text in sorted(texts)[processes.rank::processes.world_size] if not self.file(text).exists()]
+        for text in tqdm(missing, desc='encoding captions', unit='caption', disable=not processes.is_main or not missing):
+            self.ask_the_disk(text)
         processes.any(False)                                 # the others may have captions that we need
 
 

@@ -96,7 +96,8 @@ class Trainer(TrainingLoop):
             save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
             processes=processes)
         self.null_cond_prob, self.noise_bias, self.images = null_cond_prob, noise_bias, images
-        self.num_samples, self.enlarges = num_sample_rows ** 2, getattr(diffusion, 'low_res', None) is not None
+        self.num_samples = num_sample_rows ** 2
+        self.asks_for = next((name for name in ('low_res', 'image_scale') if getattr(diffusion, name, None) is not None), None)
         self.prepare_captions(folder, caption_cache)
         self.prepare_model(compile, several=processes.world_size > 1 and not shard)
 
@@ -206,7 +207,7 @@ class Trainer(TrainingLoop):
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, self.told(prompts), self.num_samples, batch_size=self.batch_size, seed=self.seed,
-                                 processes=self.processes, low_res=self.small_clips(), **self.sampling.changed())
+                                 processes=self.processes, **self.given_clips(), **self.sampling.changed())
         if self.processes.is_main:
             write_clip(enlarged(videos), path, self.clips.fps)
             if prompts:
@@ -217,15 +218,16 @@ class Trainer(TrainingLoop):
         """Captions from all over the folder; the same ones at every milestone."""
         if not self.use_captions:
             return None
-        captions = self.clips.captions if self.enlarges else sorted(set(self.dataset.captions))
+        captions = self.clips.captions if self.asks_for else sorted(set(self.dataset.captions))
         return [captions[i * len(captions) // self.num_samples] for i in range(self.num_samples)]
 
-    def small_clips(self) -> Tensor | None:
-        """For a model that enlarges: clips from all over the folder (count c f h w), made small."""
-        if not self.enlarges:
-            return None
+    def given_clips(self) -> dict[str, Tensor]:
+        """Clips from all over the folder (count c f h w): small, for a model that enlarges, or what begins a video."""
+        if not self.asks_for:
+            return {}
         clips = [self.clips.clip(i * len(self.clips) // self.num_samples) for i in range(self.num_samples)]
-        return self.diffusion.shrink(self.clips.floats(torch.stack(clips)))
+        clips = self.clips.floats(torch.stack(clips))
+        return {'low_res': self.diffusion.shrink(clips)} if self.asks_for == 'low_res' else {'first_frames': clips[:, :, :1]}
 
     def measure(self) -> dict[str, float]:
         """The loss of the averaged model on the clips that were held out, per noise level."""
