@@ -28,6 +28,7 @@ from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..diffusion.sampling import Sampling
 from ..distributed import Processes, best_device
+from ..networks.dit import DiT
 from ..networks.text import CaptionCache, caption_folder
 from . import lr_schedule
 from .ema import EMA
@@ -151,6 +152,8 @@ class Trainer(TrainingLoop):
     ) -> None:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
         number('prob_focus_present', prob_focus_present, 0, 1)
+        if prob_focus_present or focus_present_mask is not None:
+            refuse_single_frames(self.diffusion.denoise_fn)
         self.prob_focus_present = prob_focus_present
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
@@ -270,10 +273,18 @@ def check_options(
     whole('num_sample_rows', num_sample_rows, 1)
     number('noise_bias', noise_bias, above=0)
     number('null_cond_prob', null_cond_prob, 0, 1)
+    if images:
+        refuse_single_frames(diffusion.denoise_fn)
     if images and latent_cache is not None:
         raise ValueError('images=True tells images from clips by their pixels, which latent_cache keeps away: leave out one')
     if shard and compile:
         raise ValueError('shard=True borrows weights in the middle of what compile=True would fuse: leave out one')
+
+
+def refuse_single_frames(network: torch.nn.Module) -> None:
+    if isinstance(network, DiT):
+        raise ValueError('images=True and prob_focus_present train on frames one by one, and a DiT has no attention within single '
+                         'frames: leave them out, or take a Unet3D')
 
 
 def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> None:
