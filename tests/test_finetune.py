@@ -1,4 +1,4 @@
-"""Fine-tuning begins with a trained model, and is the training that diffusers' own scripts do: one step of AdamW moves all weights
+"""Fine-tuning begins with a trained model, and is the training that diffusers' own scripts do: steps of AdamW move all weights
 alike. Through train.py, on tiny random folders of CogVideoX and on models of this library. Run: pytest tests/test_finetune.py"""
 
 import csv
@@ -53,56 +53,56 @@ def run(monkeypatch, tmp_path, capsys):
 # the step
 
 @pytest.mark.parametrize('kind', ['sincos', 'rope', '1.5-i2v'])
-def test_one_step_of_all_weights_is_that_of_diffusers(folder, clips, tmp_path, kind):
+def test_steps_of_all_weights_are_those_of_diffusers(folder, clips, tmp_path, kind):
     """Its training script noises by the scheduler, turns the answer into a clean clip by get_velocity, and weighs the squared error
     by 1 / (1 - alpha_bar); the step is AdamW's, with gradients clipped at 1."""
     path = folder(kind)
     diffusion = cogvideox_from_folder(path)
     begin_with(diffusion, torch.device('cpu'))
     diffusion.double()
-    trainer = Trainer(diffusion, clips, train_batch_size=3, gradient_accumulate_every=1, train_num_steps=1, train_lr=1e-3,
+    trainer = Trainer(diffusion, clips, train_batch_size=3, gradient_accumulate_every=1, train_num_steps=2, train_lr=1e-3,
                       max_grad_norm=1., null_cond_prob=0., results_folder=tmp_path, processes=CPU, **ADAM)
     trainer.prob_focus_present, trainer.focus_present_mask = 0., None
     trainer.dataset.floats = lambda clips: clips.double() / 255
-    bytes_, captions = next(trainer.batches())
-    draws = trainer.draw(0, 3, 0.)
+    data = trainer.batches()
 
     peer = diffusers.CogVideoXTransformer3DModel.from_pretrained(path, subfolder='transformer').double()
+    pipeline = diffusers.CogVideoXPipeline.from_pretrained(path, transformer=peer)
     scheduler = diffusers.CogVideoXDPMScheduler.from_pretrained(path, subfolder='scheduler')
-    posterior, hint = diffusion.encode(bytes_.double() / 255, draws.get('image_noise'))
-    z = diffusion.filled_up((posterior.mean + posterior.std * draws['posterior_noise']) * diffusion.scale).transpose(1, 2)
-    noise, t = draws['noise'].double().transpose(1, 2), draws['t']
-    noisy = scheduler.add_noise(z, noise, t)
-    rotary, told = None, {}
-    if kind != 'sincos':
-        pipeline = diffusers.CogVideoXPipeline.from_pretrained(path, transformer=peer)
-        rotary = pipeline._prepare_rotary_positional_embeddings(HEIGHT, WIDTH, z.shape[1], torch.device('cpu'))
-    given = noisy
-    if hint is not None:
-        image = torch.zeros_like(z)
-        image[:, :1] = (hint * diffusion.image_scale).transpose(1, 2)
-        given = torch.cat((noisy, image * draws['known_mask'][:, :1, None, None, None]), dim=2)
-        told = dict(ofs=torch.full((1,), 2.))
-        assert draws['known_mask'][:, 0].any()
-    text = diffusion.embed(captions)
-    answer = peer(given, text, t, image_rotary_emb=rotary, return_dict=False, **told)[0]
-    clean = scheduler.get_velocity(answer, noisy, t)
-    weights = 1 / (1 - scheduler.alphas_cumprod[t].double())[:, None, None, None, None]
-    loss = (weights * (clean - z) ** 2).flatten(1).mean(1).mean()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.)
-    before = {name: weight.clone() for name, weight in peer.state_dict().items()}
-    optimizer.step()
+    before = diffusers_pieces({name: weight.clone() for name, weight in peer.state_dict().items()})
+    for number in range(2):                                  # in the second the moments count, too
+        bytes_, captions = next(data)
+        draws = trainer.draw(number, 3, 0.)
+        posterior, hint = diffusion.encode(bytes_.double() / 255, draws.get('image_noise'))
+        z = diffusion.filled_up((posterior.mean + posterior.std * draws['posterior_noise']) * diffusion.scale).transpose(1, 2)
+        noise, t = draws['noise'].double().transpose(1, 2), draws['t']
+        noisy = scheduler.add_noise(z, noise, t)
+        given, told = noisy, {}
+        if kind != 'sincos':
+            told['image_rotary_emb'] = pipeline._prepare_rotary_positional_embeddings(HEIGHT, WIDTH, z.shape[1], torch.device('cpu'))
+        if hint is not None:
+            image = torch.zeros_like(z)
+            image[:, :1] = (hint * diffusion.image_scale).transpose(1, 2) * draws['known_mask'][:, :1, None, None, None]
+            given, told['ofs'] = torch.cat((noisy, image), dim=2), torch.full((1,), 2.)
+            assert draws['known_mask'][:, 0].any()
+        answer = peer(given, diffusion.embed(captions), t, return_dict=False, **told)[0]
+        clean = scheduler.get_velocity(answer, noisy, t)
+        weights = 1 / (1 - scheduler.alphas_cumprod[t].double())[:, None, None, None, None]
+        loss = (weights * (clean - z) ** 2).flatten(1).mean(1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.train_step(iter([(bytes_, captions)]))
+        assert trainer.pending[number][1].item() == pytest.approx(loss.item(), rel=1e-6)
 
-    trainer.train_step(iter([(bytes_, captions)]))
-    assert trainer.pending[0][1].item() == pytest.approx(loss.item(), rel=1e-6)
-    theirs, old = (diffusers_pieces(state) for state in (peer.state_dict(), before))
-    moved = 0
+    theirs, moved = diffusers_pieces(peer.state_dict()), 0
     for name, weight in diffusion.denoise_fn.state_dict().items():
         name = diffusers_name(name)
-        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=5e-6, msg=lambda m: f'{name}: {m}')     # a step is 1e-3
-        moved += (weight - old[name]).abs().max() > 5e-4
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=2e-5, msg=lambda m: f'{name}: {m}')     # a step is 1e-3
+        assert (weight - theirs[name]).abs().mean() < 3e-7, name
+        moved += (weight - before[name]).abs().max() > 5e-4
     assert moved >= len(theirs) - 4              # all but the last gates of text, and biases that a softmax does not see
 
 

@@ -61,9 +61,7 @@ def begin_with(diffusion: GaussianDiffusion | LatentDiffusion, device: torch.dev
         diffusion.float()
     elif next(network.parameters()).dtype == torch.float16:
         network.bfloat16()
-    if rank is None:
-        network.requires_grad_(True)
-    else:
+    if rank is not None:
         add_lora(diffusion, rank, alpha)
 
 
