@@ -42,7 +42,6 @@ from video_diffusion import (
 )
 from video_diffusion.checks import whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
-from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
@@ -424,7 +423,7 @@ def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
         videos = sample_many(trainer.diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed + 1,
                              processes=trainer.processes, **trainer.sampling.changed())
     if trainer.processes.is_main:
-        video_tensor_to_gif(enlarged(videos), trainer.results_folder / 'graded.gif')
+        video_tensor_to_gif(videos, trainer.results_folder / 'graded.gif', scale=None)
         grades = shapes.grade_all(videos, prompts)
         print(f'grade of {count} clips: {grades["lawful"]:.0f}% lawful'
               + (f', {grades["caption_true"]:.0f}% caption-true, {grades["both"]:.0f}% both' if prompts else ''))
