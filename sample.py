@@ -30,10 +30,12 @@ from video_diffusion.data.frames import check_request, resize_and_crop
 from video_diffusion.data.mp4 import import_av
 from video_diffusion.diffusion.known_frames import WAYS
 from video_diffusion.diffusion.latent import diffusion_from_state
+from video_diffusion.diffusion.offload import one_at_a_time
 from video_diffusion.diffusion.sampling import Sampling
 from video_diffusion.training.memory import keep_freed_memory
 from video_diffusion.training.script import Flag, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
+from video_diffusion.vae.causal_vae import refuse_bad_pieces
 from video_diffusion.vae.frame_shares import fitting_frames
 from video_diffusion.vae.metrics import psnr
 from video_diffusion.vae.vae_checkpoint import vae_from_state
@@ -53,6 +55,8 @@ FLAGS = {
         Flag('--overwrite', bool, False, 'write over clips that are in --out; else new ones are numbered on'),
         Flag('--seed', int, 0, ''),
         Flag('--batch-size', int, 16, 'videos drawn at once; by CogVideoX one'),
+        Flag('--tile', int, None, 'decode latents in tiles of so many pixels, a little apart from whole frames: less memory'),
+        Flag('--offload', bool, False, 'on the device only what computes: the text encoder, then the network, then the VAE'),
         Flag('--device', str, None, 'cpu, cuda, mps [the fastest there is]', metavar='NAME'),
         Flag('--debug', bool, False, 'show where in the code an error comes from'),
     ],
@@ -135,7 +139,12 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
         raise ValueError('--text-encoder: this model was trained without captions, leave it out')
     if args.lora is not None:
         put_in_lora(diffusion, args.lora, args.lora_scale)
-    diffusion.to(processes.device)
+    if args.tile is not None and not isinstance(diffusion, LatentDiffusion):
+        raise ValueError('--tile: this model draws pixels, and has no latents to decode')
+    if args.tile is not None:
+        refuse_bad_pieces(diffusion.vae, None, args.tile, 1)           # now, not after an hour of drawing
+        diffusion.tile = args.tile
+    one_at_a_time(diffusion, processes.device) if args.offload else diffusion.to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
     if args.later_cond_scale is not None and args.frames is None:

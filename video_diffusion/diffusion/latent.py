@@ -90,6 +90,7 @@ class LatentDiffusion(nn.Module):
         self.max_batch, self.chunk, self.low_res, self.image_scale = max_batch, chunk, low_res, image_scale
         self.register_buffer('scale', torch.tensor(float('nan') if scale is None else float(scale)))
         self.has_scale = scale is not None        # looked up in the buffer but once: on a GPU that waits
+        self.tile: int | None = None              # decode in tiles of so many pixels: see tiling.py
 
     # What is asked of a diffusion model is mostly the business of the one inside
 
@@ -122,8 +123,7 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         posterior, hint = video if isinstance(video, Encoded) else self.encode(video, image_noise)
         self.check_scale()
-        if posterior_noise is None:
-            posterior_noise = torch.randn_like(posterior.mean)
+        posterior_noise = torch.randn_like(posterior.mean) if posterior_noise is None else posterior_noise
         z = self.filled_up((posterior.mean + posterior.std * posterior_noise) * self.scale)    # b c f h w, of latents
         if hint is not None:
             hint = self.filled_up(hint) if self.low_res else hint
@@ -187,8 +187,7 @@ class LatentDiffusion(nn.Module):
             return Encoded(self.posterior(video), self.posterior(self.enlarge(self.shrink(video))).mean)
         if not self.prob_cond_frames:
             return Encoded(self.posterior(video), None)
-        if image_noise is None:
-            image_noise = self.draw_image_noise(len(video), video.device)
+        image_noise = self.draw_image_noise(len(video), video.device) if image_noise is None else image_noise
         return Encoded(self.posterior(video), self.posterior(video[:, :, :1] + image_noise).mean)
 
     def shrink(self, video: Tensor) -> Tensor:
@@ -207,7 +206,8 @@ class LatentDiffusion(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (b c f h w) -> videos in [0, 1]."""
         z = z[:, :, self.doubled:] / self.scale
-        return torch.cat([self.vae.decode(part, self.num_frames, chunk=self.chunk) for part in z.split(self.max_batch)]).clamp(0, 1)
+        how = dict(chunk=self.chunk, tile=self.tile)
+        return torch.cat([self.vae.decode(part, self.num_frames, **how) for part in z.split(self.max_batch)]).clamp(0, 1)
 
     # Sampling
 

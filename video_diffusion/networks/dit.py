@@ -194,8 +194,12 @@ class DiT(nn.Module):
         self.begin()
 
         if checkpoint_activations:
-            for block in self.blocks:                                                # whose input is a twentieth of what it keeps
-                block.forward = partial(again_if_needed, block.forward)
+            self.recompute_blocks()
+
+    def recompute_blocks(self) -> None:
+        """In the backward pass, again, from their input: that is a twentieth of what they would keep."""
+        for block in self.blocks:
+            block.forward = partial(again_if_needed, block.forward)
 
     def begin(self) -> None:
         """adaLN-zero: all gates are shut and the answer is 0, so that every block starts as if it were not there."""
