@@ -24,6 +24,7 @@ from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
 from ..data.show import enlarged
+from ..diffusion.frame_levels import levels_differ
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..diffusion.sampling import Sampling
@@ -170,10 +171,13 @@ class Trainer(TrainingLoop):
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = t ** (1 / self.noise_bias)
-        draws = dict(t=(t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)[rows])
+        t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
+        draws = dict(t=self.diffusion.draw_levels(t, where['generator'])[rows])
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
+            # Frames that a clip is told show what it is about, and the later windows of a long video have no caption.
+            prob = torch.where(levels_differ(draws['t']), max(0.5, self.null_cond_prob), self.null_cond_prob)
+            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < prob
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
