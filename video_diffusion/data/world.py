@@ -60,18 +60,30 @@ def make_shapes(folder, count: int, image_size: int = 32, num_frames: int = 8, s
     folder, clip_seeds = Path(folder), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        video, caption = random_clip(clip_seeds.getrandbits(48), image_size, num_frames)
-        video_tensor_to_gif(video, folder / f'{index:05d}.gif')
-        (folder / f'{index:05d}.txt').write_text(caption + '\n', encoding='utf-8')
+        seed = clip_seeds.getrandbits(48)
+        video_tensor_to_gif(random_clip(seed, image_size, num_frames)[0], folder / f'{index:05d}.gif')
+        (folder / f'{index:05d}.txt').write_text('\n'.join(label(seed, num_frames)) + '\n', encoding='utf-8')
     return folder
+
+
+def label(seed: int, num_frames: int) -> list[str]:
+    """The lines of a clip's text file."""
+    shape, colour, direction = random_words(seed)
+    if num_frames <= SHORT:
+        return [caption_of(shape, colour, direction)]
+    return [f'{frame}: {caption_of(shape, colour, way)}' for frame, way in movements(direction, seed, num_frames)]
 
 
 def random_clip(seed: int, image_size: int = 32, num_frames: int = 8) -> tuple[torch.Tensor, str]:
     """One clip (c f h w) and its caption, both drawn from `seed`."""
+    words = random_words(seed)
+    return draw_clip(*words, seed, image_size, num_frames), caption_of(*words)
+
+
+def random_words(seed: int) -> tuple[str, str, str]:
+    """Shape, colour and direction."""
     draw = random.Random(f'caption {seed}')
-    shape, colour, direction = (draw.choice(list(names)) for names in (SHAPES, COLOURS, DIRECTIONS))
-    video = draw_clip(shape, colour, direction, seed, image_size, num_frames)
-    return video, caption_of(shape, colour, direction)
+    return tuple(draw.choice(list(names)) for names in (SHAPES, COLOURS, DIRECTIONS))
 
 
 def draw_clip(
