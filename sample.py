@@ -75,7 +75,7 @@ FLAGS = {
         Flag('--known-by', WAYS, None, 'how the other frames are made to fit [network if it was trained for that, else guide]'),
         Flag('--frames', int, None, 'length of the videos, if longer than in training: drawn piece by piece, by CogVideoX at once'),
         Flag('--image-size', int, None, 'height and width of videos, of CogVideoX only', many=True),
-        Flag('--history-scale', float, None, 'how closely frames keep to known ones [1, as trained] (after --frame-noise independent)'),
+        Flag('--history-scale', float, None, 'how closely frames keep to known ones [1] (after --frame-noise independent)'),
         Flag('--later-cond-scale', float, None, '--cond-scale after the first piece; 0 where prompts say how a video begins'),
     ],
     'other models': [
