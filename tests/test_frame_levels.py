@@ -102,9 +102,9 @@ def test_steps_of_training_cover_what_is_asked_later():
     drawn = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (8000, FRAMES) and drawn.min() >= 0 and drawn.max() <= 999
     same = ~levels_differ(drawn)
-    assert 0.37 < same.float().mean() < 0.43 and torch.equal(drawn[same, 0], t[same])
+    assert 0.42 < same.float().mean() < 0.48 and torch.equal(drawn[same, 0], t[same])
     told = (~same) & ((drawn == t[:, None]) | (drawn <= LOW * 1000)).all(dim=1) & (drawn == t[:, None]).any(dim=1)
-    assert 0.36 < told.float().mean() < 0.45
+    assert 0.42 < told.float().mean() < 0.49
     low = drawn[told][:, 0]                                                      # a beginning is always known,
     assert 0.45 < (low == 0).float().mean() < 0.6 and low.max() <= LOW * 1000    # half of the time without noise
     assert (drawn[told] == t[told, None]).any(dim=1).all()                       # and something is left to invent

@@ -176,7 +176,7 @@ class Trainer(TrainingLoop):
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
             # Frames that a clip is told show what it is about, and the later windows of a long video have no caption.
-            prob = torch.where(levels_differ(draws['t']), max(0.5, self.null_cond_prob), self.null_cond_prob)
+            prob = torch.where(levels_differ(draws['t']), max(0.7, self.null_cond_prob), self.null_cond_prob)
             draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < prob
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
