@@ -17,6 +17,7 @@ CogVideoX, drawn from as its authors do. Writes one GIF (or mp4) per video and o
 
 import argparse
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from video_diffusion import GaussianDiffusion, LatentDiffusion, checkpoint, dist
 from video_diffusion.data.folder import clip_shape, read_clip, write_clip
 from video_diffusion.data.frames import check_request, resize_and_crop
 from video_diffusion.data.mp4 import import_av
-from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.known_frames import WAYS
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.diffusion.sampling import Sampling
@@ -44,6 +44,7 @@ from video_diffusion.weights.cogvideox_lora import FILE as LORA_FILE
 FLAGS = {
     'what': [
         Flag('checkpoint', str, None, 'a results folder (its newest checkpoint is taken), a model-<n>.pt, or a CogVideoX folder'),
+        Flag('--text-encoder', str, None, 'name or folder of the frozen text encoder that it was trained with', metavar='NAME'),
         Flag('--lora', str, None, 'adapters to put into it: a results folder of theirs, or a file of diffusers', metavar='PATH'),
         Flag('--lora-scale', float, 1., 'how much of their change to make'),
         Flag('--out', str, 'samples', 'folder for the videos', metavar='FOLDER'),
@@ -107,6 +108,8 @@ def main() -> None:
     if args.format == 'mp4':
         import_av()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):                     # can it be written?
+        pass
     if is_vae:
         idle = given.keys() - {'checkpoint', 'reconstruct', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
         if idle:
@@ -121,12 +124,16 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     if state['config']:
         if args.image_size is not None:
             raise ValueError('--image-size is for CogVideoX: other models draw videos of the size that they were trained for')
-        diffusion = diffusion_from_state(state)
+        diffusion = diffusion_from_state(state, args.text_encoder)
     else:
+        if args.text_encoder is not None:
+            raise ValueError('--text-encoder is for checkpoints, in which there is none: this folder has its own')
         diffusion = cogvideox_from_folder(args.checkpoint, args.frames, args.image_size)
         args.frames = None                                         # it draws as many at once
         if processes.device.type == 'cpu':
             diffusion.float()                                      # most CPUs are slow at anything shorter
+    if args.text_encoder is not None and not diffusion.denoise_fn.has_cond:
+        raise ValueError('--text-encoder: this model was trained without captions, leave it out')
     if args.lora is not None:
         put_in_lora(diffusion, args.lora, args.lora_scale)
     diffusion.to(processes.device)
@@ -166,7 +173,7 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     out, name = Path(args.out), Path(args.reconstruct).stem
     write_clip(again[0], out / f'{name}.{args.format}', fps)
     compared = torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0]
-    write_clip(enlarged(compared), out / f'{name}-compared.{args.format}', fps)
+    write_clip(compared, out / f'{name}-compared.{args.format}', fps, scale=None)
     print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.{args.format}, '
           f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: '
           f'{out / name}-compared.{args.format}')
@@ -241,7 +248,7 @@ def write(videos: Tensor, prompts: list[str] | None, args: argparse.Namespace, f
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''
         write_clip(video, folder / f'{first + i:03d}{words}.{args.format}', fps)
     together = folder / (f'all.{args.format}' if first == 0 else f'all-from-{first:03d}.{args.format}')
-    write_clip(enlarged(videos), together, fps)
+    write_clip(videos, together, fps, scale=None)
     print(f'{len(videos)} videos are in {folder}, and all of them side by side in {together}')
 
 

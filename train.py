@@ -14,6 +14,7 @@
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,9 +38,8 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
-from video_diffusion.checks import whole
+from video_diffusion.checks import number, whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
-from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
@@ -144,6 +144,7 @@ FLAGS = {
     'several devices (torchrun)': [
         Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
         Flag('--context-parallel', int, 1, 'processes that share the frames of a clip', V),
+        Flag('--timeout', float, 120., 'seconds to wait for a process that is silent; ten times as long while one draws or saves'),
     ],
     'VAE': [
         Flag('--vae-kind', ('causal', 'temporal'), 'causal', 'temporal: only the decoder sees time', V),
@@ -164,7 +165,9 @@ FLAGS = {
 def main() -> None:
     args, given = parse(__doc__, FLAGS, DEFAULTS)
     refuse_idle_flags(args, given)
-    processes = distributed.init(device=args.device, context_parallel=args.context_parallel)
+    number('timeout', args.timeout, 0, 86400, above=0)
+    processes = distributed.init(timedelta(seconds=args.timeout), args.device, args.context_parallel)
+    processes.agree(vars(args))
     fill_in_defaults(args, given, on_gpu=processes.device.type != 'cpu')
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
@@ -179,7 +182,7 @@ def main() -> None:
         trainer.train()
     else:
         trainer.train(prob_focus_present=args.focus_present)
-        if trainer.step == args.steps and args.folder is None and args.low_res is None:
+        if trainer.step == args.steps and not trainer.stop.requested and args.folder is None and args.low_res is None:
             grade_toy_world(args, trainer)
     if processes.is_main:
         report(args, trainer)
@@ -356,7 +359,7 @@ def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
         videos = sample_many(trainer.diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed + 1,
                              processes=trainer.processes, **trainer.sampling.changed())
     if trainer.processes.is_main:
-        video_tensor_to_gif(enlarged(videos), trainer.results_folder / 'graded.gif')
+        video_tensor_to_gif(videos, trainer.results_folder / 'graded.gif', scale=None)
         grades = shapes.grade_all(videos, prompts)
         print(f'grade of {count} clips: {grades["lawful"]:.0f}% lawful'
               + (f', {grades["caption_true"]:.0f}% caption-true, {grades["both"]:.0f}% both' if prompts else ''))

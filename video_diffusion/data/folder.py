@@ -46,12 +46,17 @@ def read_clip(path, channels: int = 3, **how) -> Tensor:
     return (read_video if is_video(path) else read_frames)(path, channels, **how)
 
 
-def write_clip(video: Tensor, path, fps: float) -> None:
-    """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends."""
-    if is_video(path):
-        video_tensor_to_mp4(video, path, fps)
-    else:
-        video_tensor_to_gif(video, path, duration=round(1000 / fps))
+def write_clip(video: Tensor, path, fps: float, scale: int | None = 1) -> None:
+    """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends. It appears whole or not at all."""
+    unfinished = Path(path).with_name(f'unfinished-{Path(path).name}')
+    try:
+        if is_video(path):
+            video_tensor_to_mp4(video, unfinished, fps, scale=scale)
+        else:
+            video_tensor_to_gif(video, unfinished, duration=round(1000 / fps), scale=scale)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def clip_shape(path) -> tuple[int, float, int, int]:

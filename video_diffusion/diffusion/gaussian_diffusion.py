@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..checks import number, one_of, video_shape, whole
 from ..networks import network_config, network_from_config, same_network
-from ..networks.text import BertEncoder, text_encoder_from_config
+from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
@@ -67,7 +67,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         super().__init__()
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
-        self.bert = None
+        self.bert, self.bert_name = None, 'bert-base-cased'
         self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
         whole('image_size', min(self.height, self.width), 1)
@@ -143,9 +143,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
 
     def draw_levels(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The steps of clips (b) as forward takes them: (b f) where each frame has a noise of its own."""
-        if self.frame_noise == 'shared':
-            return t
-        return frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator)
+        shared = self.frame_noise == 'shared'
+        return t if shared else frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator)
 
     def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Noise (b c f h w) to train with. Plain noise hardly changes the mean of a clip, so the network learns to believe it,
@@ -171,7 +170,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         batch_size: int = 16,                         # only where cond does not say
         *,
         seed: int | None = None,
-        progress: bool = True,
+        progress: samplers.Progress = True,
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
         negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
         return_all: bool = False,
@@ -260,11 +259,10 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> samplers.Denoiser:
         """The function samplers ask: noisy video at step t -> clean video. `scale_at`: the scale of the guidance there."""
         def denoise(x, t):
-            if isinstance(t, int):
-                times, noisiest = torch.full((len(x),), t, device=x.device), t
-            else:                                                    # (f) or (b f) of a matrix of levels, where -1 is clean
-                times, noisiest = t.clamp(min=0).expand(len(x), -1).to(x.device), t.max().item()
-            return self.predict_x0(x, times, cond, scale_at(noisiest), negative=negative, rescale=rescale, known=known)
+            row = isinstance(t, Tensor)                              # (f) or (b f) of a matrix of levels, where -1 is clean
+            times = t.clamp(min=0).expand(len(x), -1).to(x.device) if row else torch.full((len(x),), t, device=x.device)
+            scale = scale_at(t.max().item() if row else t)
+            return self.predict_x0(x, times, cond, scale, negative=negative, rescale=rescale, known=known)
         return denoise
 
     def predict_x0(
@@ -297,8 +295,10 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
                              'them to it with load_lora')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
-        return cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
-                   text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
+        model = cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
+                    text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
+        model.bert_name = text_encoder                # a file does not choose what is fetched
+        return model
 
     @classmethod
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
@@ -331,7 +331,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
         if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
-            self.bert = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+            self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
         return self.encode(self.bert, cond)
 
     def encode(self, encoder: nn.Module, texts: list[str]) -> Tensor:

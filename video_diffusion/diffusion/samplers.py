@@ -21,7 +21,7 @@ Every coefficient is a Python float from the float64 schedule: exact, the same o
 step waits for the device. They hold at both ends: from alpha = 0 (see `zero_snr`) and to the clean video.
 """
 
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .objective import to_noise
 
 Denoiser = Callable[[Tensor, int | Tensor], Tensor]
 Steps = list[int] | Tensor
+Progress = bool | Callable[[Steps], Iterable[int | Tensor]]    # a bar or none; or what hands out the steps, or raises
 
 SPACINGS = ('trailing', 'leading', 'linspace')
 
@@ -62,21 +63,26 @@ def recorded(denoise: Denoiser, way: list[Tensor]) -> Denoiser:
     return denoise_and_record
 
 
-def levels(alpha_bar: Tensor, steps: Steps, progress: bool) -> Iterator[tuple[int | Tensor, Tensor, Tensor]]:
+def levels(alpha_bar: Tensor, steps: Steps, progress: Progress) -> Iterator[tuple[int | Tensor, Tensor, Tensor]]:
     """For each step: t, its alpha bar, and the alpha bar of the step that comes next (1, the clean video, at the end).
     From a matrix (rows b f) or (rows f) they come shaped (b 1 f 1 1), to multiply videos with."""
     alpha_bar = torch.cat((alpha_bar, alpha_bar.new_ones(1)))            # the last, -1, is that of the clean video
     if isinstance(steps, list):
-        steps, way = [*steps, -1], [alpha_bar[t] for t in [*steps, -1]]
-    else:
-        way = alpha_bar[steps].view(len(steps), -1, 1, steps.shape[-1], 1, 1)
-    for t, here, after in zip(tqdm(steps[:-1], desc='sampling', disable=not progress, leave=False), way[:-1], way[1:]):
+        way = [alpha_bar[t] for t in [*steps, -1]]
+    else:                                                                # its last row is where the way ends
+        way, steps = alpha_bar[steps].view(len(steps), -1, 1, steps.shape[-1], 1, 1), steps[:-1]
+    watched = progress(steps) if callable(progress) else bar(steps, progress)
+    for t, here, after in zip(watched, way[:-1], way[1:]):
         yield t, here, after
+
+
+def bar(steps: Steps, shown: bool = True) -> tqdm:
+    return tqdm(steps, desc='sampling', disable=not shown, leave=False)
 
 
 def ddpm(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the one to trust, given all steps."""
     for t, here, after in levels(alpha_bar, steps, progress):
@@ -86,7 +92,7 @@ def ddpm(
 
 def ddim(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, eta: float = 0., generator: torch.Generator | None = None, progress: bool = False,
+    *, eta: float = 0., generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """Keep the noise that x implies and only lower its share (Song et al. 2020, arXiv 2010.02502, eq. 12).
 
@@ -100,7 +106,7 @@ def ddim(
 
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): DDIM that looks half a step ahead.
 
@@ -117,7 +123,7 @@ def dpmpp_2m(
 
 def dpmpp_2m_sde(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """The same for ancestral sampling (SDE-DPM-Solver++ 2M, as in CogVideoX): fresh noise repairs earlier mistakes."""
     before = None

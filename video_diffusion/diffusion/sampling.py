@@ -109,7 +109,7 @@ class Request:
     way: list[Tensor] | None = field(default=None)    # collects what the sampler goes through, if somebody asks
 
 
-def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: bool) -> Tensor:
+def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: samplers.Progress) -> Tensor:
     """Noise (b c f h w) -> a clean video in [-1, 1], by a GaussianDiffusion."""
     known, mask = request.known, request.known_mask
     known_by = None

@@ -23,14 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
-from ..data.show import enlarged
 from ..diffusion.frame_levels import levels_differ
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
+from ..diffusion.samplers import Progress
 from ..diffusion.sampling import Sampling
 from ..distributed import Processes, best_device
 from ..networks.text import CaptionCache
 from . import lr_schedule
+from .alike import settings_of
 from .ema import EMA
 from .loop import TrainingLoop, adam
 from .lora_run import Learnt, check_lora, lora_config
@@ -71,11 +72,13 @@ class Trainer(TrainingLoop):
         seed: int = 0,
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
+        given = locals()
         check_options(diffusion, num_frames, num_sample_rows, noise_bias, null_cond_prob, images, latent_cache, compile, shard)
         self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)
         self.sampling = Sampling(sampler, sample_steps, cond_scale)
         self.sampling.check(diffusion.num_timesteps, has_cond=self.use_captions)
         processes = processes or Processes(device=best_device())
+        processes.agree(settings_of(given, diffusion.config()))
         shard = shard and processes.world_size > 1           # the share of one that is alone is all
         begin(diffusion, processes, shard)
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
@@ -129,7 +132,7 @@ class Trainer(TrainingLoop):
         focus_present_mask: Tensor | None = None,   # (batch) bool: always these
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         number('prob_focus_present', prob_focus_present, 0, 1)
         self.prob_focus_present = prob_focus_present
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
@@ -192,9 +195,10 @@ class Trainer(TrainingLoop):
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, prompts, self.num_samples, batch_size=self.batch_size, seed=self.seed,
-                                 processes=self.processes, low_res=self.small_clips(), **self.sampling.changed())
+                                 processes=self.processes, low_res=self.small_clips(), progress=self.until_stopped,
+                                 **self.sampling.changed())
         if self.processes.is_main:
-            write_clip(enlarged(videos), path, self.clips.fps)
+            write_clip(videos, path, self.clips.fps, scale=None)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
         return path
@@ -254,7 +258,7 @@ def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> No
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
     processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, first_frames: Tensor | None = None,
-    **sampling,
+    progress: Progress | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     whole('batch_size', batch_size, 1)
@@ -271,6 +275,6 @@ def sample_many(
                 sampling[name] = clips.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
-            progress=processes.is_main, **sampling).cpu()
+            progress=processes.is_main if progress is None else progress, **sampling).cpu()
     parts = processes.gather(parts)
     return torch.cat([parts[number] for number in sorted(parts)]) if processes.is_main else None
