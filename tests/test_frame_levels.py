@@ -1,14 +1,18 @@
 """Every frame has a noise of its own: the loss, the samplers and what is known, each equal to the plain path or to the truth.
 Run: pytest tests/test_frame_levels.py"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from video_diffusion import DiT, GaussianDiffusion, LatentDiffusion, TemporalVAE, Unet3D
+from video_diffusion import DiT, GaussianDiffusion, LatentDiffusion, TemporalVAE, Trainer, Unet3D, WordEncoder
+from video_diffusion.data.shapes import make_shapes
 from video_diffusion.diffusion import known_frames, long_videos
-from video_diffusion.diffusion.frame_levels import CLEAN, LOW, draw_levels, levels, levels_differ
+from video_diffusion.diffusion.frame_levels import CLEAN, LOW, SILENT, draw_levels, levels, levels_differ
 from video_diffusion.diffusion.noise_schedule import cosine_schedule
 from video_diffusion.diffusion.samplers import SAMPLERS, spaced_steps
+from video_diffusion.distributed import Processes
 
 FRAMES = 5
 DOUBLE = dict(dtype=torch.float64)
@@ -122,6 +126,21 @@ def test_a_model_draws_steps_of_its_own_and_remembers_how_it_was_built():
     assert asked[0].shape == (16, FRAMES) and levels_differ(asked[0]).any()
     assert GaussianDiffusion.from_config(diffusion.config()).frame_noise == 'independent'
     assert tiny('shared').draw_levels(torch.tensor([3, 4])).tolist() == [3, 4]
+
+
+def test_a_trainer_leaves_captions_out_where_frames_tell_and_two_processes_draw_as_one(tmp_path):
+    diffusion = tiny(cond_dim=4, text_encoder=WordEncoder(4, buckets=8))
+    trainer = Trainer(diffusion, make_shapes(tmp_path / 'clips', 2, 16, 12), results_folder=tmp_path, random_window=True,
+                      null_cond_prob=0.1, processes=Processes(device=torch.device('cpu')))
+    draws = trainer.draw(0, 4000, 0.)
+    differ = levels_differ(draws['t'])
+    assert draws['t'].shape == (4000, FRAMES) and 0.5 < differ.float().mean() < 0.6
+    for which, share in ((differ, SILENT), (~differ, 0.1)):
+        assert abs(draws['null_cond_mask'][which].float().mean() - share) < 0.03
+    whole = trainer.draw(1, 6, 0.)
+    trainer.processes = replace(trainer.processes, rank=1, world_size=2)
+    half = trainer.draw(1, 3, 0.)
+    assert all(torch.equal(half[name], whole[name][3:]) for name in ('t', 'noise', 'null_cond_mask'))
 
 
 # What is known

@@ -29,6 +29,7 @@ from torch import Tensor
 
 CLEAN = -1
 LOW = 0.15                  # of all steps: known frames are trained with up to so much noise, for what a model drew is not perfect
+SILENT = 0.7                # of the clips that are told frames have no caption: the frames show it, and later windows have none
 
 
 def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
@@ -51,6 +52,11 @@ def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generat
     known = ((2 * low - 1).clamp(min=0) * LOW * timesteps).long()                       # half of them 0
     own = torch.randint(0, timesteps, (len(t), frames), **where)
     return torch.where(kind >= 0.9, own, torch.where(told, known, t[:, None]))
+
+
+def null_share(t: Tensor, share: float) -> Tensor:
+    """How often to drop the captions of clips with these steps (b), where it is this share of those with one for all frames."""
+    return torch.where(levels_differ(t), max(SILENT, share), share)
 
 
 def levels_differ(t: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
-from ..diffusion.frame_levels import levels_differ
+from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..diffusion.samplers import Progress
@@ -178,9 +178,7 @@ class Trainer(TrainingLoop):
         draws = dict(t=self.diffusion.draw_levels(t, where['generator'])[rows])
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            # Frames that a clip is told show what it is about, and the later windows of a long video have no caption.
-            prob = torch.where(levels_differ(draws['t']), max(0.7, self.null_cond_prob), self.null_cond_prob)
-            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < prob
+            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < frame_levels.null_share(draws['t'], self.null_cond_prob)
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
