@@ -4,7 +4,7 @@
     python sample.py results/ --prompt "a red circle moving left" --count 4
     python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
-    python sample.py results/ --prompt "a red circle moving left" --first-frames clip.gif --frames 32
+    python sample.py results/ --prompt "a red ball rolls => a red ball stops" --first-frames clip.gif --frames 128
     python sample.py results/ --prompt "a red circle moving left" --low-res small.gif
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
     python sample.py results_vae/ --reconstruct clip.gif
@@ -80,6 +80,7 @@ FLAGS = {
         Flag('--known-by', WAYS, None, 'how the other frames are made to fit [network if it was trained for that, else guide]'),
         Flag('--frames', int, None, 'length of the videos, if longer than in training: drawn piece by piece, by CogVideoX at once'),
         Flag('--image-size', int, None, 'height and width of videos, of CogVideoX only', many=True),
+        Flag('--history-scale', float, None, 'how closely frames keep to known ones [1] (after --frame-noise independent)'),
         Flag('--later-cond-scale', float, None, '--cond-scale after the first piece; 0 where prompts say how a video begins'),
     ],
     'other models': [
@@ -152,8 +153,8 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
     more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, state.get('fps')),
                 low_res=read_low_res(args, diffusion), num_frames=args.frames, later_cond_scale=args.later_cond_scale)
-    videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes, **settings,
-                         **{name: value for name, value in more.items() if value is not None})
+    videos = sample_many(diffusion, in_turn(prompts, args), count, batch_size=args.batch_size, seed=args.seed,
+                         processes=processes, **settings, **{name: value for name, value in more.items() if value is not None})
     if processes.is_main:
         write(videos, prompts, args, fps=args.fps or state.get('fps', 1 / 0.12))
 
@@ -207,6 +208,13 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     if not wanted and prompts:
         raise ValueError('this model was trained without captions: it draws what it likes, leave the prompts out')
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
+
+
+def in_turn(prompts: list[str] | None, args: argparse.Namespace) -> list | None:
+    """Prompts for long videos, where "first => next" becomes a list of what happens one after the other."""
+    if prompts is None or args.frames is None:
+        return prompts
+    return [[part.strip() for part in prompt.split('=>')] if '=>' in prompt else prompt for prompt in prompts]
 
 
 def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion, fps: float | None) -> Tensor | None:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
+from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..diffusion.samplers import Progress
@@ -196,10 +197,11 @@ class Trainer(TrainingLoop):
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = t ** (1 / self.noise_bias)
-        draws = dict(t=(t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)[rows])
+        t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
+        draws = dict(t=self.diffusion.draw_levels(t, where['generator'])[rows])
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
+            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < frame_levels.null_share(draws['t'], self.null_cond_prob)
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
