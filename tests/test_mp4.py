@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import struct
+import subprocess
 import sys
 import warnings
 from fractions import Fraction
@@ -306,3 +307,21 @@ def test_a_hundred_damaged_films(tmp_path, slow):
             assert f'{number:02}.mp4' in str(error)
             assert f'{number:02}.mp4' in said or 'more' in said
     assert 'whole.mp4' in used and 0.2 * count < len(used) < 0.9 * count
+
+
+PEAK = '''
+import resource, sys, torch
+from video_diffusion import video_tensor_to_mp4
+video_tensor_to_mp4(torch.rand(3, 2, 64, 64), sys.argv[1], scale=2)
+video, peak = torch.rand(3, int(sys.argv[2]), 64, 64), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+video_tensor_to_mp4(video, sys.argv[1], scale=2)
+print(peak() - before)
+'''
+
+
+@pytest.mark.slow
+def test_writing_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path):
+    kilobytes = [int(subprocess.run([sys.executable, '-c', PEAK, tmp_path / 'a.mp4', str(frames)], capture_output=True, check=True,
+                                    timeout=120).stdout) for frames in (50, 1000)]
+    assert kilobytes[1] < kilobytes[0] + 12_000                             # its frames as floats are 188 MB, as bytes 47

@@ -20,7 +20,7 @@ from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, che
 from video_diffusion.distributed import Processes
 from video_diffusion.training.ema import EMA
 from video_diffusion.training.interrupt import StopRequest
-from video_diffusion.training.loop import amp_dtype
+from video_diffusion.training.precision import amp_dtype
 
 HERE = Path(__file__).parent
 CPU = Processes(device=torch.device('cpu'))

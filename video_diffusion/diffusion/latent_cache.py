@@ -54,7 +54,7 @@ class LatentCache(Dataset):
 
         whole = [i for i, file in enumerate(self.files) if is_zipfile(file)]        # those that could be read
         self.files, self.paths, self.source = [self.files[i] for i in whole], [dataset.paths[i] for i in whole], dataset.source
-        self.captions = dataset.captions and [dataset.captions[i] for i in whole]
+        self.captions = dataset.captions and [dataset.caption(i, dataset.stretch(i)[0]) for i in whole]
         if not self.files:
             raise ValueError(f'none of the {len(dataset)} clips could be read and encoded')
         self.memory, self.fits_in_cache = {}, False
@@ -91,7 +91,7 @@ class LatentCache(Dataset):
             batch = missing[at:at + diffusion.max_batch]
             bar.update(len(batch))
             read = {i: dataset.readable(i) for i in batch}
-            clips = {i: clip for i, (stand_in, clip) in read.items() if stand_in == i}     # where i is damaged, another comes
+            clips = {i: clip for i, (stand_in, clip, _) in read.items() if stand_in == i}     # where i is damaged, another comes
             if not clips:
                 continue
             videos = dataset.floats(torch.stack(list(clips.values()))).to(processes.device)

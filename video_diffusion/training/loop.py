@@ -333,8 +333,11 @@ class TrainingLoop(ABC):
             whole('seed', self.seed, 0, 2 ** 63 - 1)
 
 
-def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Adam for those weights that learn, all of them in one kernel where the device has one."""
+def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.,
+         ) -> torch.optim.Adam:
+    """Adam for those weights that learn, all of them in one kernel where the device has one; AdamW where weights decay."""
     number('train_lr', lr, 0)
+    number('weight_decay', weight_decay, 0)
+    kind, more = (torch.optim.AdamW, dict(weight_decay=weight_decay)) if weight_decay else (torch.optim.Adam, {})
     weights = [weight for weight in weights if weight.requires_grad]
-    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights))
+    return kind(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights), **more)

@@ -74,8 +74,11 @@ def default_text(flag: Flag, table: tuple | None) -> str:
         if isinstance(value, bool):
             return 'on' if value else 'off'
         return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
-    columns = [' | '.join(dict.fromkeys(map(words, column))) for column in table if column]
-    return '[' + '; vae '.join(dict.fromkeys(columns)) + ']'
+    columns = {}                                           # what it says: of which kind of run it is said first
+    for kind, column in zip(('', 'vae ', 'dit '), table):
+        if column:
+            columns.setdefault(' | '.join(dict.fromkeys(map(words, column))), kind)
+    return '[' + '; '.join(kind + text for text, kind in columns.items()) + ']'
 
 
 @contextmanager
