@@ -121,12 +121,12 @@ class TemporalAttention(nn.Module):
 
         `frames_alone`: no frame sees another. Attention to oneself only is the value, whatever the weights.
         """
-        h = x.shape[3]
+        h, width = x.shape[3], self.to_qkv.out_features
         x = rearrange(x, 'b c f h w -> b f (h w) c')
         if frames_alone:
-            x = in_slices(self.look_at_oneself, x, 2)
+            x = in_slices(self.look_at_oneself, x, 2, width)
         else:
-            x = in_slices(self.look_along_time, x, 2, self.turned_weights(turn), bias)
+            x = in_slices(self.look_along_time, x, 2, width, self.turned_weights(turn), bias)
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
     def turned_weights(self, turn: tuple[Tensor, Tensor]) -> Tensor:
@@ -165,7 +165,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-        x = in_slices(self.look_around, rearrange(x, 'b c f h w -> (b f) (h w) c'), 0)
+        x = in_slices(self.look_around, rearrange(x, 'b c f h w -> (b f) (h w) c'), 0, self.to_qkv.out_features)
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
 
     def look_around(self, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (b m token_dim), mask (b m): see CrossAttention."""
         f, h = x.shape[2:4]
-        x = in_slices(self.look_at_text, rearrange(x, 'b c f h w -> b (f h w) c'), 1, tokens, mask)
+        x = in_slices(self.look_at_text, rearrange(x, 'b c f h w -> b (f h w) c'), 1, self.attention.to_q.out_features, tokens, mask)
         return rearrange(x, 'b (f h w) c -> b c f h w', f=f, h=h)
 
     def look_at_text(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CACHED_TOKENS = 2048        # a slice with 8 heads of 32: 6 MB of queries, keys and values
+CACHED = 2 ** 20        # numbers that the widest rows of a slice hold: 4 MB, and in the backward pass a few times that
 
 
 def recompute(function: Callable, *inputs):
@@ -34,10 +34,48 @@ def recompute(function: Callable, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def in_slices(function: Callable, x: Tensor, dim: int, *others) -> Tensor:
-    """function(x, *others), which keeps the shape of x (..., c), slice by slice along `dim`, each recomputed."""
+def in_slices(function: Callable, x: Tensor, dim: int, width: int, *others: Tensor) -> Tensor:
+    """function(x, *others), which keeps the shape of x (..., c), slice by slice along `dim`, recomputed.
+
+    `function` is a method of a module, whose weights get their gradients; `width`: how wide it makes the rows of x.
+    """
     rows_of_one = x[..., 0].numel() // x.shape[dim]
-    size = max(1, CACHED_TOKENS // rows_of_one)
+    size = max(1, CACHED // (width * rows_of_one))
     if x.device.type != 'cpu' or torch.compiler.is_compiling() or size >= x.shape[dim]:
         return recompute(function, x, *others)
-    return torch.cat([recompute(function, part, *others) for part in x.split(size, dim)], dim)
+    weights = [w for w in function.__self__.parameters() if w.requires_grad]
+    return Slices.apply(function, dim, size, len(others), x, *others, *weights)
+
+
+class Slices(torch.autograd.Function):
+    """in_slices with a backward pass of its own: slice by slice, the forward again and then autograd's derivative of it."""
+
+    @staticmethod
+    def forward(ctx, function, dim, size, number, x, *tensors):
+        ctx.function, ctx.dim, ctx.size, ctx.number = function, dim, size, number
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.save_for_backward(x, *tensors)
+        out = torch.empty_like(x)
+        for part, place in zip(x.split(size, dim), out.split(size, dim)):
+            place.copy_(function(part, *tensors[:number]))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *tensors = ctx.saved_tensors
+        others = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:ctx.number]]
+        learning = [t for t in (*others, *tensors[ctx.number:]) if t.requires_grad]
+        sums, dx = [torch.zeros_like(t) for t in learning], torch.empty_like(x)
+        enabled, dtype = ctx.autocast
+        for part, part_grad, place in zip(*(t.split(ctx.size, ctx.dim) for t in (x, grad, dx))):
+            with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled):
+                part = part.detach().requires_grad_()
+                out = ctx.function(part, *others)
+            grads = torch.autograd.grad(out, [part, *learning], part_grad, allow_unused=True)
+            place.copy_(grads[0])
+            for total, more in zip(sums, grads[1:]):
+                if more is not None:
+                    total += more
+        sums = iter(sums)
+        return None, None, None, None, dx, *(next(sums) if t.requires_grad else None for t in tensors)
