@@ -8,102 +8,154 @@
     python sample.py results/ --prompt "a red circle moving left" --low-res small.gif
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
     python sample.py results_vae/ --reconstruct clip.gif
+    python sample.py CogVideoX-2b/ --prompt "a panda plays the guitar under a tree, ..." --lora my_lora/ --lora-scale 0.8
+    python sample.py CogVideoX-5b-I2V/ --prompts-file prompts.txt            # of lines like: a cat wakes up@@cat.png
 
-Everything about the model is read from the checkpoint; the averaged (EMA) weights are used. Writes one GIF per
-video and one with all of them, tiled.
+Everything about the model is read from the checkpoint, whose averaged (EMA) weights are used, or from the folder of a pretrained
+CogVideoX, drawn from as its authors do. Writes one GIF (or mp4) per video and one with all of them, tiled.
 """
 
 import argparse
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from video_diffusion import GaussianDiffusion, checkpoint, distributed, video_tensor_to_gif
-from video_diffusion.data.dataset import resize_and_crop
-from video_diffusion.data.gif import read_frames
+from video_diffusion import GaussianDiffusion, LatentDiffusion, checkpoint, distributed, load_lora, samplers, scale_lora
+from video_diffusion.data.folder import clip_shape, read_clip, write_clip
+from video_diffusion.data.frames import check_request, resize_and_crop
+from video_diffusion.data.mp4 import import_av
+from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.known_frames import WAYS
-from video_diffusion.diffusion.latent import LatentDiffusion, diffusion_from_state
-from video_diffusion.diffusion.samplers import SAMPLERS
-from video_diffusion.training.script import keep_freed_memory, one_line_errors
+from video_diffusion.diffusion.latent import diffusion_from_state
+from video_diffusion.diffusion.sampling import Sampling
+from video_diffusion.training.memory import keep_freed_memory
+from video_diffusion.training.script import Flag, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.vae.frame_shares import fitting_frames
 from video_diffusion.vae.metrics import psnr
 from video_diffusion.vae.vae_checkpoint import vae_from_state
+from video_diffusion.weights import cogvideox_defaults, cogvideox_from_folder, lora_from_diffusers
+from video_diffusion.weights.cogvideox import INDEX
+from video_diffusion.weights.cogvideox_lora import FILE as LORA_FILE
 
-
-def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('checkpoint', help='a results folder, whose newest checkpoint is taken, or a model-<number>.pt')
-    add('--prompt', action='append', default=[], metavar='TEXT', help='what to draw; may be given several times')
-    add('--prompts-file', help='a text file with one prompt per line')
-    add('--count', type=int, help='videos per prompt (default: 1), or in all where there are no prompts (default: 4)')
-    add('--cond-scale', type=float, help='guidance towards the prompt, 1 is none (default: as in training)')
-    add('--negative', metavar='TEXT', help='what not to draw: guide away from this (default: from no prompt at all)')
-    add('--guidance-rescale', type=float, metavar='SHARE', help='0 to 1: take back so much of the contrast that a large '
-        '--cond-scale adds (default: 0)')
-    add('--dynamic-guidance', type=float, metavar='EXPONENT', help='let guidance grow from 1 to 1 + --cond-scale, the later '
-        'the larger the exponent, 5 in CogVideoX (default: the same at every step)')
-    add('--sampler', choices=tuple(SAMPLERS), help='(default: as in training)')
-    add('--steps', type=int, help='sampling steps (default: as in training)')
-    add('--first-frames', '--image', metavar='FILE', help='a GIF or an image with which every video begins (default: none)')
-    add('--low-res', metavar='FILE', help='the GIF that a model of train.py --low-res is to enlarge (default: none)')
-    add('--known', type=int, metavar='N', help='so many frames of that file, its last ones (default: half as many as the '
-        'model draws, or all there are)')
-    add('--known-by', choices=WAYS, help='how the other frames are made to fit (default: network if it has been trained '
-        'for that, else guide)')
-    add('--frames', type=int, help='length of the videos, if longer than the clips of the '
-        'training: drawn piece by piece (default: as those)')
-    add('--later-cond-scale', type=float, help='--cond-scale after the first piece; 0 where prompts only say how a video '
-        'begins (default: as --cond-scale)')
-    add('--seed', type=int, default=0, help='(default: 0)')
-    add('--reconstruct', metavar='CLIP', help='put this clip through a VAE, there and back')
-    add('--out', default='samples', help='folder for the GIFs (default: samples)')
-    add('--batch-size', type=int, default=16, help='videos drawn at once (default: 16)')
-    add('--device', help='cpu, cuda, mps (default: the fastest there is)')
-    return parser.parse_args(argv)
+FLAGS = {
+    'what': [
+        Flag('checkpoint', str, None, 'a results folder (its newest checkpoint is taken), a model-<n>.pt, or a CogVideoX folder'),
+        Flag('--lora', str, None, 'adapters to put into it: a results folder of theirs, or a file of diffusers', metavar='PATH'),
+        Flag('--lora-scale', float, 1., 'how much of their change to make'),
+        Flag('--out', str, 'samples', 'folder for the videos', metavar='FOLDER'),
+        Flag('--format', ('gif', 'mp4'), 'gif', 'of what is written; mp4, which CogVideoX writes by default, needs .[video]'),
+        Flag('--fps', float, None, 'at which videos play [that of the training clips]', metavar='RATE'),
+        Flag('--overwrite', bool, False, 'write over clips that are in --out; else new ones are numbered on'),
+        Flag('--seed', int, 0, ''),
+        Flag('--batch-size', int, 16, 'videos drawn at once; by CogVideoX one'),
+        Flag('--device', str, None, 'cpu, cuda, mps [the fastest there is]', metavar='NAME'),
+        Flag('--debug', bool, False, 'show where in the code an error comes from'),
+    ],
+    'prompts': [
+        Flag('--prompt', str, None, 'what to draw; may be given several times', many='again', metavar='TEXT'),
+        Flag('--prompts-file', str, None, 'a text file with one prompt per line, or prompt@@image', metavar='FILE'),
+        Flag('--count', int, None, 'videos per prompt [1], or in all where there are no prompts [4]'),
+        Flag('--negative', str, None, 'what not to draw: guide away from this, not from no prompt', metavar='TEXT'),
+    ],
+    'how (what is not given is as in training)': [
+        Flag('--sampler', tuple(samplers.SAMPLERS), None, ''),
+        Flag('--steps', int, None, 'steps of the sampler'),
+        Flag('--cond-scale', float, None, 'guidance towards the prompt, 1 is none'),
+        Flag('--guidance-rescale', float, None, '0 to 1: take back so much of the contrast that a large --cond-scale adds'),
+        Flag('--dynamic-guidance', float, None, 'exponent: let guidance grow from 1 to 1 + --cond-scale, 5 in CogVideoX'),
+        Flag('--wave-guidance', bool, False, 'let it jump about in between, as in the code of CogVideoX'),
+    ],
+    'from given frames on, and longer': [
+        Flag('--first-frames', str, None, 'a clip or an image with which every video begins', metavar='FILE', alias='--image'),
+        Flag('--known', int, None, 'so many frames of that file, its last ones [half of what the model draws, or all there are]'),
+        Flag('--known-by', WAYS, None, 'how the other frames are made to fit [network if it was trained for that, else guide]'),
+        Flag('--frames', int, None, 'length of the videos, if longer than in training: drawn piece by piece, by CogVideoX at once'),
+        Flag('--image-size', int, None, 'height and width of videos, of CogVideoX only', many=True),
+        Flag('--later-cond-scale', float, None, '--cond-scale after the first piece; 0 where prompts say how a video begins'),
+    ],
+    'other models': [
+        Flag('--low-res', str, None, 'the clip that a model of train.py --low-res is to enlarge', metavar='FILE'),
+        Flag('--reconstruct', str, None, 'put this clip through a VAE, there and back', metavar='CLIP'),
+    ],
+}
+SETTINGS = {field.name for field in fields(Sampling)}
 
 
 def main() -> None:
-    args = flags()
+    args, given = parse(__doc__, FLAGS, {})
+    if args.checkpoint is None:
+        raise ValueError('say which model: a results folder, or a checkpoint in it')
     keep_freed_memory()
     processes = distributed.init(device=args.device)
-    state = checkpoint.load_run(args.checkpoint)
+    pretrained = (Path(args.checkpoint) / INDEX).is_file()
+    if pretrained:
+        defaults = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1)
+        if args.cond_scale in (0, 1):
+            del defaults['negative']
+        given = defaults | given
+        args = argparse.Namespace(**vars(args) | given)
+    state = {'config': {}} if pretrained else checkpoint.load_run(args.checkpoint)
     is_vae = 'vae' in state['config']
     if is_vae != bool(args.reconstruct):
         raise ValueError(f'{args.checkpoint} holds ' + ('a VAE: give it a clip with --reconstruct' if is_vae else
                          'a diffusion model: it draws, leave --reconstruct out'))
+    check_request(fps=args.fps)                                    # now, not after an hour of drawing
+    if args.format == 'mp4':
+        import_av()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if is_vae:
+        idle = given.keys() - {'checkpoint', 'reconstruct', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
+        if idle:
+            raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with --reconstruct')
         reconstruct(vae_from_state(state).to(processes.device), args)
     else:
-        draw(state, args, processes)
+        draw(state, args, given, processes)
     distributed.close()
 
 
-def draw(state: dict, args: argparse.Namespace, processes: distributed.Processes) -> None:
-    diffusion = diffusion_from_state(state).to(processes.device)
+def draw(state: dict, args: argparse.Namespace, given: dict, processes: distributed.Processes) -> None:
+    if state['config']:
+        if args.image_size is not None:
+            raise ValueError('--image-size is for CogVideoX: other models draw videos of the size that they were trained for')
+        diffusion = diffusion_from_state(state)
+    else:
+        diffusion = cogvideox_from_folder(args.checkpoint, args.frames, args.image_size)
+        args.frames = None                                         # it draws as many at once
+        if processes.device.type == 'cpu':
+            diffusion.float()                                      # most CPUs are slow at anything shorter
+    if args.lora is not None:
+        put_in_lora(diffusion, args.lora, args.lora_scale)
+    diffusion.to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
-
     if args.later_cond_scale is not None and args.frames is None:
         raise ValueError('--later-cond-scale is for videos that are drawn piece by piece: give --frames too')
-    given = dict(cond_scale=args.cond_scale, sampler=args.sampler, steps=args.steps, negative=args.negative,
-                 guidance_rescale=args.guidance_rescale, dynamic_guidance=args.dynamic_guidance, known_by=args.known_by,
-                 first_frames=read_first_frames(args, diffusion), low_res=read_low_res(args, diffusion), num_frames=args.frames,
-                 later_cond_scale=args.later_cond_scale)
-    sampling = {**state['sampling'], **{name: value for name, value in given.items() if value is not None}}
-    videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes,
-                         **sampling)
+    settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
+    more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, state.get('fps')),
+                low_res=read_low_res(args, diffusion), num_frames=args.frames, later_cond_scale=args.later_cond_scale)
+    videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes, **settings,
+                         **{name: value for name, value in more.items() if value is not None})
     if processes.is_main:
-        write(videos, prompts, Path(args.out))
+        write(videos, prompts, args, fps=args.fps or state.get('fps', 1 / 0.12))
+
+
+def put_in_lora(diffusion: GaussianDiffusion | LatentDiffusion, path: str, scale: float) -> None:
+    if path.endswith('.safetensors') or (Path(path) / LORA_FILE).is_file():
+        lora_from_diffusers(diffusion, path)
+        scale_lora(diffusion, scale)
+    else:
+        load_lora(diffusion, path, scale)
 
 
 @torch.no_grad()
 def reconstruct(vae, args: argparse.Namespace) -> None:
     """The clip, cut to a size that fits the VAE, and what is left of it after the latents."""
-    clip = read_frames(args.reconstruct, vae.config['in_channels'])                    # c f h w
+    fps = args.fps or clip_shape(args.reconstruct)[1]
+    clip = read_clip(args.reconstruct, vae.config['in_channels'], fps=args.fps)        # c f h w
     frames, height, width = clip.shape[1:]
     unit = vae.space_compression
     size = [max(unit, side // unit * unit) for side in (height, width)]
@@ -112,18 +164,27 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     z = vae.encode(video).mode()
     again = vae.decode(z, video.shape[2]).clamp(0, 1)
     out, name = Path(args.out), Path(args.reconstruct).stem
-    video_tensor_to_gif(again[0], out / f'{name}.gif')
-    video_tensor_to_gif(torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0], out / f'{name}-compared.gif')
-    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.gif, '
-          f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: {out / name}-compared.gif')
+    write_clip(again[0], out / f'{name}.{args.format}', fps)
+    compared = torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0]
+    write_clip(enlarged(compared), out / f'{name}-compared.{args.format}', fps)
+    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.{args.format}, '
+          f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: '
+          f'{out / name}-compared.{args.format}')
 
 
 def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
-    """The prompts, each as often as --count says; None for a model that takes none."""
-    prompts = list(args.prompt)
+    """The prompts, each as often as --count says; None for a model that takes none. Of prompt@@image the images are what the
+    videos begin with: one for all if only one is given."""
+    prompts = list(args.prompt or [])
     if args.prompts_file:
         lines = Path(args.prompts_file).read_text(encoding='utf-8').splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
+    split = [prompt.partition('@@') for prompt in prompts]
+    images = [image.strip() for _, _, image in split if image]
+    if images and (args.first_frames or len(images) < len(prompts)):
+        raise ValueError(f'{len(images)} of {len(prompts)} prompts say their image after @@: give all of them one, or all --image')
+    args.first_frames = [image for image in images for _ in range(args.count or 1)] or args.first_frames
+    prompts = [prompt.strip() for prompt, _, _ in split]
     if args.count is not None and args.count < 1:
         raise ValueError(f'--count {args.count}: give 1 or more')
     if wanted and not prompts:
@@ -133,13 +194,16 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
 
 
-def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion) -> Tensor | None:
-    """The last frames of a file (1 c k h w), as the model sees clips: those that the videos begin with."""
+def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion, fps: float | None) -> Tensor | None:
+    """The last frames of a file (1 c k h w), as the model sees clips, of its size and rate: those that the videos begin with."""
     if args.first_frames is None:
         if args.known is not None or args.known_by is not None:
             raise ValueError('--known and --known-by say what to do with --first-frames: give that too')
         return None
-    clip = resize_and_crop(read_frames(args.first_frames, diffusion.channels), (diffusion.height, diffusion.width))
+    if isinstance(args.first_frames, list):
+        rows = [argparse.Namespace(**{**vars(args), 'first_frames': image}) for image in args.first_frames]
+        return torch.cat([read_first_frames(row, diffusion, fps) for row in rows])
+    clip = read_clip(args.first_frames, diffusion.channels, fps=fps, size=(diffusion.height, diffusion.width))
     most = min(clip.shape[1], diffusion.num_frames - 1)
     lengths = diffusion.whole_lengths() if isinstance(diffusion, LatentDiffusion) else range(1, diffusion.num_frames)
     half = max((n for n in lengths if n <= min(most, diffusion.num_frames // 2)), default=1)
@@ -158,16 +222,20 @@ def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | Latent
                          'was not trained with --low-res: it has no use for a small clip'))
     if factor is None:
         return None
-    clip = resize_and_crop(read_frames(args.low_res, diffusion.channels), (diffusion.height // factor, diffusion.width // factor))
+    clip = read_clip(args.low_res, diffusion.channels, size=(diffusion.height // factor, diffusion.width // factor))
     return clip[None, :, :diffusion.num_frames].float() / 255
 
 
-def write(videos, prompts: list[str] | None, folder: Path) -> None:
+def write(videos: Tensor, prompts: list[str] | None, args: argparse.Namespace, fps: float) -> None:
+    folder, overwrite = Path(args.out), args.overwrite
+    taken = [re.fullmatch(r'(\d{3})(-.*)?', path.stem) for path in folder.glob(f'*.{args.format}')]
+    first = 0 if overwrite else max((int(match[1]) + 1 for match in taken if match), default=0)
     for i, video in enumerate(videos):
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''
-        video_tensor_to_gif(video, folder / f'{i:03d}{words}.gif')
-    video_tensor_to_gif(videos, folder / 'all.gif')
-    print(f'{len(videos)} videos are in {folder}, and all of them side by side in {folder / "all.gif"}')
+        write_clip(video, folder / f'{first + i:03d}{words}.{args.format}', fps)
+    together = folder / (f'all.{args.format}' if first == 0 else f'all-from-{first:03d}.{args.format}')
+    write_clip(enlarged(videos), together, fps)
+    print(f'{len(videos)} videos are in {folder}, and all of them side by side in {together}')
 
 
 if __name__ == '__main__':

@@ -5,11 +5,13 @@ from setuptools import find_packages, setup
 extras = {
     'text': ['transformers', 'sentencepiece'],           # BERT and T5 embeddings of captions
     'weights': ['safetensors'],                           # the files of diffusers' save_pretrained
+    'video': ['av'],                                      # mp4, webm, mov, mkv, avi, in and out
     'test': [
         'pytest', 'pytest-cov', 'hypothesis',
         'nbclient', 'ipykernel',                          # the README runs in a real notebook kernel
-        'diffusers', 'transformers', 'safetensors',       # what the parity tests compare against
-        'video-diffusion-pytorch==0.6.3',
+        'diffusers', 'transformers', 'safetensors', 'peft',  # what the parity tests compare against
+        'video-diffusion-pytorch==0.6.3', 'av',
+        'ruff',
     ],
 }
 
@@ -21,11 +23,12 @@ setup(
     long_description_content_type='text/markdown',
     license='MIT',
     packages=find_packages(include=['video_diffusion', 'video_diffusion.*']),
+    package_data={'video_diffusion': ['py.typed']},
     python_requires='>=3.10',
     # torch and torchvision are left to the registry, resolved together: a CPU-only torch wheel and
     # the ordinary torchvision wheel install side by side but cannot be imported together.
     install_requires=[
-        'torch>=2.6', 'torchvision', 'einops', 'rotary-embedding-torch', 'pillow', 'tqdm',
+        'torch>=2.6', 'torchvision', 'einops', 'einops-exts', 'rotary-embedding-torch', 'pillow', 'tqdm',
     ],
     extras_require=extras,
 )

@@ -3,6 +3,7 @@
 
     python train.py                      # on a toy world of moving shapes that it draws itself
     python train.py my_gifs/             # on your own GIFs, with captions (clip.txt beside clip.gif) or without
+    python train.py my_films/ --fps 8 --clips-per-video 20 --random-window    # on mp4, webm, mov, mkv, avi (needs .[video])
     python train.py my_gifs/ --stage vae # first a VAE, whose latents are smaller than pixels
     python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
@@ -18,172 +19,159 @@ from pathlib import Path
 import torch
 
 from video_diffusion import (
+    CausalVAE,
     GaussianDiffusion,
+    LatentDiffusion,
+    PerceptualLoss,
+    TemporalVAE,
     Trainer,
     Unet3D,
+    VAETrainer,
     WordEncoder,
     checkpoint,
     distributed,
+    latent_shape,
     lr_schedule,
+    samplers,
     shapes,
+    vae_from_checkpoint,
     video_tensor_to_gif,
 )
-from video_diffusion.data.dataset import CLIPS, IMAGES, find_clips, read_captions
-from video_diffusion.diffusion.latent import LatentDiffusion, latent_shape
+from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
+from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
-from video_diffusion.diffusion.samplers import SAMPLERS
-from video_diffusion.training.script import draw_toy_world, keep_freed_memory, like_the_clips, one_line_errors
+from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
+from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
-from video_diffusion.training.vae_trainer import VAETrainer, start_from
-from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.training.vae_trainer import start_from
 from video_diffusion.vae.frame_shares import fitting_frames
-from video_diffusion.vae.temporal_vae import TemporalVAE
-from video_diffusion.vae.vae_checkpoint import vae_from_checkpoint
-from video_diffusion.vae.vae_loss import PerceptualLoss
-from video_diffusion.weights.cogvideox_vae import causal_vae_from_diffusers, causal_vae_from_sat
+from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_sat
 
-# What a flag that is not given means, for --stage diffusion | vae. The CPU columns train the toy world in about ten minutes
-# on two cores.
+# What a flag means that is not given, where that depends on the device: (CPU, GPU), and with --stage vae (CPU, GPU). The CPU
+# columns train the toy world in about ten minutes on two cores.
 DEFAULTS = {
-    #                    CPU         GPU           CPU         GPU
-    'image_size':       (16,         32,           32,         32),       # of the toy world; yours keep theirs up to max_size
-    'num_frames':       (8,          8,            8,          8),        # of the toy world; yours keep theirs up to max_frames
-    'max_size':         (32,         64,           32,         128),
-    'max_frames':       (8,          16,           8,          17),
-    'dim':              (16,         64,           16,         64),       # thin at first: on a CPU the full resolution costs most
-    'dim_mults':        ((1, 4, 8),  (1, 2, 4),    (1, 2),     (1, 2, 4)),
-    'attn_dim_head':    (8,          32,           None,       None),
-    'linear_attention': (False,      True,         None,       None),
-    'time_compression': (None,       None,         1,          4),        # on a CPU there is no time to learn it
-    'latent_channels':  (None,       None,         4,          4),
-    'batch_size':       (8,          64,           8,          16),
-    'lr':               (2e-3,       5e-4,         2e-3,       2e-4),
-    'steps':            (1600,       10000,        800,        20000),
-    'image_steps':      (None,       None,         600,        5000),
-    'sample_every':     (800,        1000,         200,        1000),
+    'image_size':       ((16, 32),               (32, 32)),     # of the toy world; yours keep theirs up to max_size
+    'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
+    'max_size':         ((32, 64),               (32, 128)),
+    'max_frames':       ((8, 16),                (8, 17)),
+    'dim':              ((16, 64),               (16, 64)),     # thin at first: on a CPU the full resolution costs most
+    'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
+    'attn_heads':       ((1, 8),                 None),
+    'attn_dim_head':    ((16, 32),               None),
+    'linear_attention': ((False, True),          None),
+    'time_compression': (None,                   (1, 4)),       # on a CPU there is no time to learn it
+    'latent_channels':  (None,                   (4, 4)),
+    'batch_size':       ((8, 64),                (8, 16)),
+    'objective':        (('x0', 'v'),            None),         # of x0 the last steps of sampling are free of grain
+    'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4)),
+    'muon_lr':          ((0.01, None),           None),
+    'steps':            ((1300, 10000),          (800, 20000)),
+    'image_steps':      (None,                   (600, 5000)),
+    'sample_every':     ((650, 1000),            (200, 1000)),
+}
+
+D, V = 'diffusion', 'vae'        # flags that only one --stage knows
+FLAGS = {
+    'what': [
+        Flag('folder', str, None, 'clips to train on; without it the toy world is drawn into data/'),
+        Flag('--stage', (D, V), D, 'a diffusion model, or a VAE whose latents are smaller than pixels'),
+        Flag('--results', str, None, 'where checkpoints, samples and the log go [results; vae results_vae]', metavar='FOLDER'),
+        Flag('--resume', bool, False, 'go on from the newest checkpoint in --results'),
+        Flag('--seed', int, 1, 'of weights, clips and noise'),
+        Flag('--device', str, None, 'cpu, cuda, mps [the fastest there is]', metavar='NAME'),
+        Flag('--debug', bool, False, 'show where in the code an error comes from'),
+    ],
+    'data': [
+        Flag('--image-size', int, None, 'side, or height and width; clips of yours keep theirs, up to 32 | 64', many=True),
+        Flag('--num-frames', int, None, 'frames per clip; clips of yours keep theirs, up to 8 | 16'),
+        Flag('--channels', int, 3, '1 grey, 3 RGB, 4 RGBA'),
+        Flag('--toy-clips', int, 4000, 'clips of the toy world'),
+        Flag('--unconditional', bool, False, 'do not use the captions', D),
+        Flag('--images', bool, False, 'train on png and jpg files of the folder too, as frames without motion', D),
+        Flag('--flip', bool, False, 'mirror half of the clips (not where captions say left and right)'),
+        Flag('--random-window', bool, False, 'from clips longer than --num-frames take any part, not the first'),
+        Flag('--fps', float, None, 'frames per second, whatever the files have; those between are left out', metavar='RATE'),
+        Flag('--clips-per-video', int, 1, 'each file counts as so many clips, from as many equal stretches of it'),
+        Flag('--strict', bool, False, 'a damaged clip is an error, not a warning'),
+    ],
+    'network': [
+        Flag('--dim', int, None, 'width of the first level'),
+        Flag('--dim-mults', int, None, 'width of each level, in --dim', many=True),
+        Flag('--attn-heads', int, None, 'heads of temporal attention', D),
+        Flag('--attn-dim-head', int, None, 'width of each of them', D),
+        Flag('--linear-attention', 'switch', None, 'spatial linear attention at every level', D),
+        Flag('--vae', str, None, 'a trained VAE, its results folder or a checkpoint: diffuse in its latents', D, metavar='RESULTS'),
+        Flag('--cache-latents', bool, False, 'encode each clip once, into the folder latents/ beside the VAE', D),
+        Flag('--low-res', int, None, 'with --vae: learn to enlarge clips so many times', D, metavar='FACTOR'),
+    ],
+    'diffusion': [
+        Flag('--objective', OBJECTIVES, None, 'what the network predicts', D),
+        Flag('--timesteps', int, 1000, 'diffusion steps', D),
+        Flag('--schedule', tuple(SCHEDULES), 'cosine', 'how the noise grows', D),
+        Flag('--schedule-shift', float, 1., 'above 1: more noise at every step', D),
+        Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
+        Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA), 5 is usual', D, metavar='GAMMA'),
+        Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
+        Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
+        Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
+        Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
+        Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
+    ],
+    'training': [
+        Flag('--steps', int, None, 'optimiser steps'),
+        Flag('--batch-size', int, None, 'clips per forward pass of each process'),
+        Flag('--accumulate', int, 1, 'forward passes per step'),
+        Flag('--lr', float, None, 'learning rate of Adam, reached after --warmup steps'),
+        Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all', D),
+        Flag('--warmup', int, 50, 'steps of warm-up, before a cosine decay to zero'),
+        Flag('--loss', tuple(LOSSES), 'l2', ''),
+        Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
+        Flag('--max-grad-norm', float, 1., 'gradients are clipped at this norm'),
+        Flag('--amp', bool, False, 'bf16 or fp16 where the hardware has it'),
+        Flag('--compile', bool, False, 'let torch.compile fuse the network: pays in long runs on a GPU', D),
+        Flag('--checkpoint-activations', bool, False, 'compute every block again in the backward pass: less memory', D),
+    ],
+    'samples': [
+        Flag('--sample-every', int, None, 'steps between checkpoints with samples'),
+        Flag('--sample-rows', int, 4, 'samples per checkpoint: the square of this', D),
+        Flag('--sampler', tuple(samplers.SAMPLERS), 'ddpm', '', D),
+        Flag('--sample-steps', int, 16, 'steps of the sampler', D),
+        Flag('--cond-scale', float, 1., 'guidance towards the captions, 1 is none', D),
+    ],
+    'several devices (torchrun)': [
+        Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
+        Flag('--context-parallel', int, 1, 'processes that share the frames of a clip', V),
+    ],
+    'VAE': [
+        Flag('--vae-kind', ('causal', 'temporal'), 'causal', 'temporal: only the decoder sees time', V),
+        Flag('--time-compression', int, None, '1, 2, 4 or 8', V),
+        Flag('--latent-channels', int, None, '', V),
+        Flag('--kl-weight', float, 1e-6, '', V),
+        Flag('--perceptual', str, None, 'weights of VGG16, to compare its features too', V, metavar='FILE'),
+        Flag('--disc-start', int, None, 'from here on a discriminator has a say', V, metavar='STEP'),
+        Flag('--image-share', float, 0.1, 'of the batches are single frames', V),
+        Flag('--image-steps', int, None, 'of the first steps, which see nothing but single frames; 0 with --init', V),
+        Flag('--only-train-decoder', bool, False, 'leave the encoder and its latents as they are', V),
+        Flag('--init', str, None, "begin with CogVideoX's weights: its 3d-vae.pt, or a folder of diffusers", V, metavar='PATH'),
+        Flag('--ignore', str, (), 'with --init: leave the weights whose names begin so random', V, many=True, metavar='PREFIX'),
+    ],
 }
 
 
-def flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    groups = {stage: parser.add_argument_group(f'only with --stage {stage}') for stage in ('diffusion', 'vae')}
-    add_diffusion, add_vae = (group.add_argument for group in groups.values())
-
-    def default(name):
-        columns = [' '.join(map(str, v)) if isinstance(v, tuple) else v for v in DEFAULTS[name]]
-        texts = [f'{cpu} on a CPU, {gpu} on a GPU' if cpu != gpu else f'{cpu}' for cpu, gpu in (columns[:2], columns[2:])]
-        texts = [text for text in dict.fromkeys(texts) if text != 'None']
-        return f'(default: {texts[0]}' + (f'; with --stage vae {texts[1]})' if len(texts) > 1 else ')')
-
-    add('folder', nargs='?', help='clips to train on; without it the toy world is drawn into data/')
-    add('--stage', default='diffusion', choices=('diffusion', 'vae'), help='what to train (default: diffusion)')
-    add('--results', help='where checkpoints, samples and the log go (default: results; with --stage vae results_vae)')
-    add('--resume', action='store_true', help='go on from the newest checkpoint in --results')
-    add('--steps', type=int, help=f'optimiser steps {default("steps")}')
-    add('--batch-size', type=int, help=f'clips per forward pass of each process {default("batch_size")}')
-    add('--accumulate', type=int, default=1, help='forward passes per step (default: 1)')
-    add('--lr', type=float, help=f'learning rate, reached after --warmup steps {default("lr")}')
-    add('--warmup', type=int, default=50, help='steps of warm-up, before a cosine decay to zero (default: 50)')
-    add('--image-size', type=int, nargs='+', metavar='N', help='side, or height and width (default: as the clips, but '
-        f'not above {default("max_size")[10:-1]}; of the toy world {default("image_size")[10:-1]})')
-    add('--num-frames', type=int, help=f'frames per clip (default: as the clips, but not above {default("max_frames")[10:-1]}; '
-        f'of the toy world {default("num_frames")[10:-1]})')
-    add('--channels', type=int, default=3, help='1 grey, 3 RGB, 4 RGBA (default: 3; with --vae, those of the VAE)')
-    add('--dim', type=int, help=f'width of the network {default("dim")}')
-    add('--dim-mults', type=int, nargs='+', metavar='M', help=f'width of each level {default("dim_mults")}')
-    add_diffusion('--attn-dim-head', type=int,
-                  help=f'width of each of the 8 heads of temporal attention {default("attn_dim_head")}')
-    add_diffusion('--linear-attention', action=argparse.BooleanOptionalAction,
-        help='spatial linear attention at every level (default: off on a CPU, on on a GPU)')
-    add_diffusion('--vae', metavar='RESULTS', help='a trained VAE, its results folder or a checkpoint: diffuse in its latents '
-                  '(default: pixels; the toy world is then 32 pixels wide)')
-    add_diffusion('--cache-latents', action='store_true', help='encode each clip once, into the folder latents/ beside the VAE')
-    add_diffusion('--low-res', type=int, metavar='FACTOR', help='with --vae: learn to enlarge clips so many times (default: '
-                  'to draw them from nothing)')
-    add_diffusion('--unconditional', action='store_true', help='do not use the captions')
-    add_diffusion('--objective', default='v', choices=('v', 'noise', 'x0'), help='what the network predicts (default: v)')
-    add('--loss', default='l2', choices=('l1', 'l2'), help='(default: l2)')
-    add_diffusion('--timesteps', type=int, default=1000, help='diffusion steps (default: 1000)')
-    add_diffusion('--schedule', default='cosine', choices=tuple(SCHEDULES), help='how the noise grows (default: cosine)')
-    add_diffusion('--schedule-shift', type=float, default=1., help='above 1: more noise at every step (default: 1)')
-    add_diffusion('--zero-snr', action='store_true', help='let the last step be pure noise (not with --objective noise)')
-    add_diffusion('--min-snr', type=float, metavar='GAMMA',
-                  help='weigh steps by min(snr, GAMMA), 5 is usual (default: all alike)')
-    add_diffusion('--offset-noise', type=float, default=0.,
-                  help='share of noise that is one value per clip and channel (default: 0)')
-    add_diffusion('--null-cond-prob', type=float, default=0.1, help='how often captions are dropped in training (default: 0.1)')
-    add_diffusion('--noise-bias', type=float, default=3., help='above 1: train noisy steps more often, so that motion is learnt '
-                  'much sooner (default: 3)')
-    add_diffusion('--known-frames', type=float, default=0., metavar='SHARE', help='share of clips of which the network is told '
-        'the first frames, or the first and the last, so that it learns to continue clips (default: 0)')
-    add_diffusion('--images', action='store_true',
-                  help='train on the png and jpg files of the folder too, as frames without motion')
-    add_diffusion('--focus-present', type=float, default=0., help='share of clips trained as unrelated images (default: 0)')
-    add('--flip', action='store_true', help='mirror half of the clips (not where captions say left and right)')
-    add('--random-window', action='store_true', help='from clips longer than --num-frames take any part, not the first')
-    add('--ema-decay', type=float, default=0.995, help='of the averaged weights (default: 0.995)')
-    add('--max-grad-norm', type=float, default=1., help='(default: 1)')
-    add('--amp', action='store_true', help='train in bf16 or fp16 where the hardware has it')
-    add_diffusion('--compile', action='store_true', help='let torch.compile fuse the network: pays in long runs on a GPU')
-    add_diffusion('--shard', action='store_true', help='each process of torchrun holds its share of the weights, their average '
-                  'and the moments of Adam, for models that one device cannot hold (not with --compile)')
-    add_diffusion('--checkpoint-activations', action='store_true',
-                  help='compute every block again in the backward pass: less memory, more time')
-    add('--sample-every', type=int, help=f'steps between checkpoints with samples {default("sample_every")}')
-    add_diffusion('--sample-rows', type=int, default=4, help='samples per checkpoint: the square of this (default: 4)')
-    add_diffusion('--sampler', default='ddpm', choices=tuple(SAMPLERS), help='of the samples (default: ddpm)')
-    add_diffusion('--sample-steps', type=int, default=25, help='steps of the sampler (default: 25)')
-    add_diffusion('--cond-scale', type=float, default=2., help='guidance of the samples towards their captions (default: 2)')
-    add('--toy-clips', type=int, default=4000, help='clips of the toy world (default: 4000)')
-    add_vae('--vae-kind', default='causal', choices=('causal', 'temporal'),
-            help='temporal: only the decoder sees time, and time is not compressed (default: causal)')
-    add_vae('--time-compression', type=int, help=f'1, 2, 4 or 8 {default("time_compression")}')
-    add_vae('--latent-channels', type=int, help=default('latent_channels'))
-    add_vae('--kl-weight', type=float, default=1e-6, help='(default: 1e-6)')
-    add_vae('--perceptual', metavar='FILE', help='weights of VGG16, to compare its features too (default: do not)')
-    add_vae('--disc-start', type=int, metavar='STEP', help='from here on a discriminator has a say (default: never)')
-    add_vae('--image-share', type=float, default=0.1, help='of the batches are single frames (default: 0.1)')
-    add_vae('--image-steps', type=int, help='of the first steps, which see nothing but single frames '
-            f'{default("image_steps")[:-1]}, 0 with --init)')
-    add_vae('--only-train-decoder', action='store_true', help='leave the encoder and its latents as they are')
-    add_vae('--init', metavar='PATH', help='begin with the weights of CogVideoX: its 3d-vae.pt, or a folder of '
-        'diffusers; sizes are taken from there (default: random weights)')
-    add_vae('--ignore', nargs='+', default=[], metavar='PREFIX', help='with --init: leave the weights whose names begin '
-        'so random (default: none)')
-    add_vae('--context-parallel', type=int, default=1, help='processes that share the frames of a clip (default: 1)')
-    add('--seed', type=int, default=1, help='(default: 1)')
-    add('--strict', action='store_true', help='a damaged clip is an error, not a warning')
-    add('--device', help='cpu, cuda, mps (default: the fastest there is)')
-    args = parser.parse_args(argv)
-    for action in groups['vae' if args.stage == 'diffusion' else 'diffusion']._group_actions:
-        if getattr(args, action.dest) != action.default:
-            raise ValueError(f'{action.option_strings[0]} has no meaning with --stage {args.stage}')
-    if args.vae_kind == 'temporal' and (args.init or args.time_compression is not None):
-        raise ValueError('--vae-kind temporal: it does not compress time, and --init reads causal VAEs only; leave '
-                         '--time-compression and --init out')
-    if args.init and (args.dim, args.dim_mults, args.time_compression, args.latent_channels) != (None,) * 4:
-        raise ValueError('--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, --time-compression '
-                         'and --latent-channels out')
-    if args.ignore and not args.init:
-        raise ValueError('--ignore: names weights that --init is not to take over, and there is no --init')
-    return args
-
-
 def main() -> None:
-    args = flags()
-    keep_freed_memory()
+    args, given = parse(__doc__, FLAGS, DEFAULTS)
+    refuse_idle_flags(args, given)
     processes = distributed.init(device=args.device, context_parallel=args.context_parallel)
-    fill_in_defaults(args, on_gpu=processes.device.type != 'cpu')
+    fill_in_defaults(args, given, on_gpu=processes.device.type != 'cpu')
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
-    folder = args.folder or toy_world(args, processes)
+    folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
-    trainer = (vae_trainer if args.stage == 'vae' else diffusion_trainer)(args, folder, processes)
+    trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)
     if args.resume:
         trainer.load(-1)
-    if args.stage == 'vae':
+    if args.stage == V:
         trainer.train()
     else:
         trainer.train(prob_focus_present=args.focus_present)
@@ -194,17 +182,45 @@ def main() -> None:
     distributed.close()
 
 
-def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
+def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
+    """Flags that would do nothing beside the others."""
+    for flag in (flag for group in FLAGS.values() for flag in group):
+        if flag.dest in given and flag.only not in (None, args.stage):
+            raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
+    sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
+    for idle, sentence in [
+        ('toy_clips' in given and args.folder, '--toy-clips: the toy world is drawn only where no folder is given'),
+        ('channels' in given and args.vae, '--channels: with --vae they are those of the VAE'),
+        ('seed' in given and args.resume, '--seed: a run that goes on keeps its own'),
+        (args.channels != 3 and args.stage == D and not args.folder, f'--channels {args.channels}: the toy world is told apart by '
+         'its colours; give a folder of your own, or leave it out'),
+        (args.vae_kind == 'temporal' and (args.init or 'time_compression' in given), '--vae-kind temporal: it does not compress '
+         'time, and --init reads causal VAEs only; leave --time-compression and --init out'),
+        (args.init and sizes & given.keys(), '--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, '
+         '--time-compression and --latent-channels out'),
+        (args.ignore and not args.init, '--ignore: names weights that --init is not to take over, and there is no --init'),
+        (args.cache_latents and not args.vae, '--cache-latents: there are latents only with a VAE, so give --vae too'),
+        (args.low_res is not None and (not args.vae or args.known_frames), '--low-res: clips are enlarged in latents, and the '
+         'small clip comes where known frames would, so give --vae too and leave --known-frames out'),
+    ]:
+        if idle:
+            raise ValueError(sentence)
+
+
+def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> None:
     """What was not given depends on the device; the size of the clips only where we draw them."""
-    args.results = args.results or ('results_vae' if args.stage == 'vae' else 'results')
+    args.results = args.results or ('results_vae' if args.stage == V else 'results')
     if args.init and args.image_steps is None:
         args.image_steps = 0                     # what these weights know about motion is to be kept
     if args.vae and not args.folder:
         args.image_size = args.image_size or 32  # small clips leave too little of a latent
-    for name, values in DEFAULTS.items():
+    if 'sample_steps' not in given:
+        args.sample_steps = min(args.sample_steps, max(1, args.timesteps))
+    for name, columns in DEFAULTS.items():
         depends_on_clips = args.folder is not None and name in ('image_size', 'num_frames')
-        if getattr(args, name, None) is None and not depends_on_clips:
-            setattr(args, name, values[on_gpu + 2 * (args.stage == 'vae')])
+        column = columns[args.stage == V]
+        if getattr(args, name, None) is None and column is not None and not depends_on_clips:
+            setattr(args, name, column[on_gpu])
     if isinstance(args.image_size, list):
         if len(args.image_size) > 2:
             raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: give one number, or height and width')
@@ -214,18 +230,21 @@ def fill_in_defaults(args: argparse.Namespace, on_gpu: bool) -> None:
 def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Path:
     if not isinstance(args.image_size, int):
         raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
-    folder = Path(f'data/shapes-{args.image_size}' if args.stage == 'vae' or args.vae else 'data/shapes')
+    folder = Path(f'data/shapes-{args.image_size}' if args.stage == V or args.vae else 'data/shapes')
     return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
 
 
-def clip_size(args: argparse.Namespace, folder: str | Path, multiple: int) -> tuple[int, int, int]:
-    """Frames, height and width to train on: as the flags say, or like the clips."""
-    frames, height, width = like_the_clips(folder, args.max_frames, args.max_size, multiple)
+def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
+    """Frames, height and width to train on: as the flags say, or like the clips; sides are multiples."""
+    frames, height, width = like_the_clips(folder, args.fps, args.max_frames, args.max_size, multiple)
     if isinstance(args.image_size, int):
         height = width = args.image_size
     elif args.image_size is not None:
         height, width = args.image_size
-    return args.num_frames or frames, height, width
+    if height % multiple or width % multiple or min(height, width) < 1:
+        raise ValueError(f'--image-size {height} {width}: this model takes sides that are multiples of {multiple} '
+                         f'({multiple}, {2 * multiple}, {3 * multiple}, ...)')
+    return frames if args.num_frames is None else args.num_frames, height, width
 
 
 def say_what_is_trained(size: tuple[int, int, int], model, processes: distributed.Processes) -> None:
@@ -234,12 +253,7 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
         print(f'{size[0]} frames of {size[1]}x{size[2]}, {weights / 1e6:.1f} million weights, on {processes.device}')
 
 
-def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> Trainer:
-    if args.cache_latents and not args.vae:
-        raise ValueError('--cache-latents: there are latents only with a VAE, so give --vae too')
-    if args.low_res is not None and (not args.vae or args.known_frames):
-        raise ValueError('--low-res: clips are enlarged in latents, and the small clip comes where known frames would, so give '
-                         '--vae too and leave --known-frames out')
+def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
     vae = vae_from_checkpoint(args.vae) if args.vae else None
     told = args.known_frames if args.low_res is None else 1.
     multiple = 2 ** (len(args.dim_mults) - 1) * (vae.space_compression if vae else 1)  # the U-Net halves frames so often
@@ -247,10 +261,11 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     if vae and args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
-    files = find_clips(folder, CLIPS + IMAGES if args.images else CLIPS)
-    captioned = not args.unconditional and read_captions(files) is not None
+    captioned = not args.unconditional and folder.captions is not None
+    if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
+        raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
-    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels,
+    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels, attn_heads=args.attn_heads,
                   attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
                   cond_dim=encoder.dim if encoder else None, cond_frames=told > 0,
                   checkpoint_activations=args.checkpoint_activations)
@@ -266,11 +281,13 @@ def diffusion_trainer(args: argparse.Namespace, folder: str | Path, processes: d
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob,
+        noise_bias=(2. if captioned else 1.) if args.noise_bias is None else args.noise_bias, muon_lr=args.muon_lr or None,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
+        fps=args.fps, clips_per_video=args.clips_per_video,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale, sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
+        cond_scale=args.cond_scale if captioned else 1., sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
         compile=args.compile, shard=args.shard,
         latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
 
@@ -279,7 +296,7 @@ def vae_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
-def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distributed.Processes) -> VAETrainer:
+def vae_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:
     if args.init:
         source = causal_vae_from_sat(args.init) if Path(args.init).suffix == '.pt' else causal_vae_from_diffusers(args.init)
         vae = CausalVAE(**source.config)
@@ -301,7 +318,8 @@ def vae_trainer(args: argparse.Namespace, folder: str | Path, processes: distrib
         ema_decay=args.ema_decay, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
         max_grad_norm=args.max_grad_norm, amp=args.amp, horizontal_flip=args.flip, random_window=args.random_window,
-        strict=args.strict, save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
+        fps=args.fps, clips_per_video=args.clips_per_video, strict=args.strict,
+        save_and_sample_every=args.sample_every, results_folder=args.results, seed=args.seed,
         processes=processes)
 
 
@@ -309,7 +327,7 @@ def report(args: argparse.Namespace, trainer: Trainer | VAETrainer) -> None:
     results = trainer.results_folder
     print(f'checkpoints, samples and log.csv are in {results}{os.sep}, the newest checkpoint is '
           f'{checkpoint.newest(results).name}')
-    if args.stage == 'vae':
+    if args.stage == V:
         if trainer.measured:
             print(f'{len(trainer.held_out)} clips that it has not been trained on: {trainer.measured["psnr"]:.1f} dB PSNR, '
                   f'{trainer.measured["ssim"]:.3f} SSIM')
@@ -327,9 +345,9 @@ def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
     prompts = [captions[i * len(captions) // count] for i in range(count)] if trainer.use_captions else None
     with trainer.ema.average_parameters():
         videos = sample_many(trainer.diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed + 1,
-                             processes=trainer.processes, **trainer.sampling)
+                             processes=trainer.processes, **trainer.sampling.changed())
     if trainer.processes.is_main:
-        video_tensor_to_gif(videos, trainer.results_folder / 'graded.gif')
+        video_tensor_to_gif(enlarged(videos), trainer.results_folder / 'graded.gif')
         grades = shapes.grade_all(videos, prompts)
         print(f'grade of {count} clips: {grades["lawful"]:.0f}% lawful'
               + (f', {grades["caption_true"]:.0f}% caption-true, {grades["both"]:.0f}% both' if prompts else ''))

@@ -15,7 +15,7 @@ import torch
 
 from video_diffusion import GaussianDiffusion, shapes, video_tensor_to_gif
 from video_diffusion.distributed import best_device
-from video_diffusion.training.script import keep_freed_memory
+from video_diffusion.training.memory import keep_freed_memory
 
 
 def main():

@@ -12,7 +12,7 @@ import time
 
 from video_diffusion import GaussianDiffusion, shapes
 from video_diffusion.distributed import Processes, best_device
-from video_diffusion.training.script import keep_freed_memory
+from video_diffusion.training.memory import keep_freed_memory
 from video_diffusion.training.trainer import sample_many
 
 CASES = ('dpm++2m:10', 'dpm++2m:20', 'ddim:10', 'ddim:20', 'ddim:50', 'dpm++2m_sde:20', 'dpm++2m_sde:50', 'ddpm:20', 'ddpm:100',

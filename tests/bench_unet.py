@@ -124,7 +124,7 @@ def run_job(job):
     config, shape, _ = CASES[job['case']]
     device = torch.device(job['device'])
     if job['setting'] == 'tuned':
-        from video_diffusion.training.script import keep_freed_memory
+        from video_diffusion.training.memory import keep_freed_memory
         keep_freed_memory()
     diffusion, update = (build_theirs if job['who'] == 'theirs' else build_ours)(config, shape, job['who'], device)
     unet, video = diffusion.denoise_fn, torch.rand(shape, device=device)

@@ -173,6 +173,33 @@ def compare_mesh(rank, adjacent):
     return {'parameters': max(relative(ours, theirs, floor) for ours, theirs in grads)}
 
 
+def sum_in_one_message(rank):
+    torch.manual_seed(rank)
+    weights = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in (
+        ((2, 3), torch.float64), ((4,), torch.float32), ((), torch.float64), ((2, 3, 1, 2, 2), torch.float32))]
+    frozen = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+    for weight in weights[:4 if rank else 2]:              # the first process has none for the last two
+        weight.grad = torch.randint(-8, 8, weight.shape).to(weight.dtype)       # whole numbers: their sums are exact
+    if rank:
+        weights[3].grad = weights[3].grad.contiguous(memory_format=torch.channels_last_3d)
+    alone = [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone(memory_format=torch.contiguous_format) for weight in weights]
+    for grad in alone:
+        dist.all_reduce(grad)
+    sent, all_reduce = [], dist.all_reduce
+    dist.all_reduce = lambda tensor, **how: sent.append(tensor) or all_reduce(tensor, **how)
+    try:
+        sum_gradients([*weights, frozen], dist.group.WORLD)
+    finally:
+        dist.all_reduce = all_reduce
+    equal = all(torch.equal(weight.grad, grad) for weight, grad in zip(weights, alone))
+    return equal, frozen.grad is None, sorted((t.numel(), str(t.dtype)) for t in sent)
+
+
+def test_gradients_travel_in_one_message_per_dtype(workers):
+    expected = True, True, [(7, 'torch.float64'), (28, 'torch.float32')]
+    assert workers.run(sum_in_one_message) == 4 * [expected]
+
+
 @pytest.mark.parametrize('adjacent', [True, False])
 def test_two_groups_at_once_in_both_layouts_of_the_mesh(workers, adjacent):
     assert_close(workers.run(compare_mesh, adjacent), 1e-10)

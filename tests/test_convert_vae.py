@@ -16,8 +16,8 @@ from video_diffusion.weights.cogvideox_vae import (
     causal_vae_from_diffusers,
     causal_vae_from_sat,
     causal_vae_to_diffusers,
-    read_safetensors,
 )
+from video_diffusion.weights.files import read_safetensors
 
 DATA = Path(__file__).parent / 'data'
 SMALL = dict(block_out_channels=(16, 32, 32, 48), layers_per_block=1, latent_channels=4, norm_num_groups=8)
@@ -85,7 +85,7 @@ def test_what_is_missing_extra_or_misshapen_in_a_file_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize('content, sentence', [
-    ({'model': {}}, "holds no 'state_dict'"),
+    ({'weights': {}}, "holds no .*'state_dict'"),
     ({'state_dict': {'w': torch.zeros(1)}}, "has no 'encoder.conv_in.conv.weight'")])
 def test_another_kind_of_checkpoint_is_named_as_such(tmp_path, content, sentence):
     torch.save(content, tmp_path / 'other.pt')

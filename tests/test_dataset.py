@@ -6,6 +6,8 @@
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -13,8 +15,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import video_diffusion.data.dataset as dataset_module
-from video_diffusion.data.dataset import ClipStream, GifDataset, batches, clip_shape, resize_and_crop
-from video_diffusion.data.gif import gif_to_tensor, read_frames, video_tensor_to_gif
+from video_diffusion.data.dataset import ClipStream, GifDataset, batches, has_cut, stand_still
+from video_diffusion.data.folder import ClipFolder, read_clip
+from video_diffusion.data.frames import resize_and_crop
+from video_diffusion.data.gif import gif_to_tensor, video_tensor_to_gif
+from video_diffusion.data.mp4 import video_tensor_to_mp4
 
 
 def save(path, frames=4, height=8, width=8, seed=0):
@@ -86,10 +91,10 @@ def test_long_clips_are_cut_short_ones_stand_still(tmp_path):
 
 def test_only_needed_frames_are_decoded(folder, monkeypatch):
     asked = []
-    spy = lambda *a, **k: asked.append(k) or read_frames(*a, **k)
-    monkeypatch.setattr(dataset_module, 'read_frames', spy)
+    spy = lambda *a, **k: asked.append(k) or read_clip(*a, **k)
+    monkeypatch.setattr(dataset_module, 'read_clip', spy)
     GifDataset(folder, 8, num_frames=2)[0]
-    assert asked == [{'num_frames': 2}]
+    assert asked == [{'num_frames': 2, 'start': 0, 'fps': None, 'size': (8, 8)}]
 
 
 def test_random_window(tmp_path):
@@ -216,13 +221,131 @@ def test_caption_that_is_not_utf8(folder):
         GifDataset(folder, 8)
 
 
+# ------------------------------------------------------------------------------------- recordings
+
+
+def count_up(path, frames, width=8, cuts=()):
+    """A recording whose frames are as bright as their number, and jump at cuts; lossless where it is an mp4."""
+    level = torch.arange(frames) + sum((torch.arange(frames) >= cut).int() * 90 for cut in cuts)
+    video = (level / 255).view(1, frames, 1, 1).expand(3, frames, 8, width)
+    if path.suffix == '.gif':
+        video_tensor_to_gif(video, path, duration=100)
+    else:
+        pytest.importorskip('av')
+        video_tensor_to_mp4(video, path, fps=10, lossless=True)
+
+
+def levels(clip):
+    return (clip[0, :, 4, 4] * 255).round().int().tolist() if clip.is_floating_point() else clip[0, :, 4, 4].tolist()
+
+
+def test_gifs_and_films_side_by_side_at_one_rate(tmp_path):
+    count_up(tmp_path / 'a.gif', 20), count_up(tmp_path / 'b.mp4', 30)
+    a, b = GifDataset(tmp_path, 8, num_frames=6)
+    assert levels(a) == levels(b) == [0, 1, 2, 3, 4, 5]
+    a, b = GifDataset(tmp_path, 8, num_frames=6, fps=4)
+    assert levels(a) == levels(b) == [0, 3, 5, 8, 10, 13]                   # of 10 per second: nearest in time, later at a tie
+    assert GifDataset(tmp_path, 8, num_frames=6).fps == pytest.approx(10)
+
+
+@pytest.mark.parametrize('name', ['a.gif', 'a.mp4'])
+@pytest.mark.parametrize('fps', [None, 5])
+def test_of_a_long_recording_only_a_window_is_read(tmp_path, monkeypatch, name, fps):
+    count_up(tmp_path / name, 120)
+    asked = []
+    spy = lambda *a, **k: asked.append((k['start'], k['num_frames'])) or read_clip(*a, **k)
+    monkeypatch.setattr(dataset_module, 'read_clip', spy)
+    data = GifDataset(tmp_path, 8, num_frames=3, random_window=True, fps=fps)
+    step, last = (1, 117) if fps is None else (2, 57)
+    starts = set()
+    for _ in range(60):
+        numbers = levels(data[0])
+        starts.add(numbers[0] // step)
+        assert numbers == [numbers[0] + i * step for i in range(3)]
+    assert all(frames == 3 for _, frames in asked) and {start for start, _ in asked} == starts
+    assert not data.cache and not data.fits_in_cache and len(starts) > 20 and min(starts) < last / 4 and max(starts) > last * 3 / 4
+    assert torch.equal(data.clip(0), read_clip(tmp_path / name, num_frames=3, fps=fps))
+
+
+def test_a_recording_as_several_clips(tmp_path):
+    count_up(tmp_path / 'a.mp4', 40), count_up(tmp_path / 'b.gif', 4)
+    for name in 'ab':
+        (tmp_path / f'{name}.txt').write_text(name)
+    data = GifDataset(tmp_path, 8, num_frames=3, clips_per_video=4)
+    assert len(data) == 8 and data.captions == [*'aaaabbbb']
+    assert [levels(clip) for clip, _ in data] == [[n, n + 1, n + 2] for n in (0, 10, 20, 30, 0, 1, 1, 1)]
+    data = GifDataset(tmp_path, 8, num_frames=3, clips_per_video=4, random_window=True)
+    for _ in range(30):
+        for part in range(4):
+            first, *_, last = levels(data[part][0])
+            assert 10 * part <= first and last < 10 * (part + 1)
+    held = data.hold_out(3)
+    assert [(p.name, part) for p, part in zip(held.paths, held.parts)] == [('a.mp4', 0), ('a.mp4', 2), ('b.gif', 1)]
+    assert levels(held.clip(1)) == [20, 21, 22] and levels(data.clip(1)) == [30, 31, 32]
+    with pytest.raises(ValueError, match='clips_per_video=0'):
+        GifDataset(tmp_path, 8, clips_per_video=0)
+    with pytest.raises(ValueError, match='clips_per_video=2.*force_num_frames'):
+        GifDataset(tmp_path, 8, clips_per_video=2, force_num_frames=False)
+
+
+def test_windows_with_a_cut_are_drawn_again(tmp_path):
+    count_up(tmp_path / 'a.gif', 60, cuts=(20, 41))
+    data = GifDataset(tmp_path, 8, num_frames=6, random_window=True)
+    with pytest.warns(UserWarning, match='windows had a change of scene') as caught:
+        for position in range(100):
+            numbers = levels(ClipStream(data)[position])
+            assert numbers == list(range(numbers[0], numbers[0] + 6))
+    assert 5 < data.cuts < 40 and data.windows == 100
+    assert str(caught[-1].message).startswith(f'{2 ** (data.cuts.bit_length() - 1)} of ')
+    again = GifDataset(tmp_path, 8, num_frames=6, random_window=True)
+    with pytest.warns(UserWarning):
+        assert all(torch.equal(ClipStream(again)[p], ClipStream(data)[p]) for p in reversed(range(30)))     # still no state
+
+
+def test_motion_is_no_cut():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (3, 8, 16, 16), generator=generator, dtype=torch.uint8)       # every frame is another
+    texture = torch.stack([noise[:, 0].roll(n, -1) for n in range(8)], dim=1)
+    slides = noise[:, :1].repeat(1, 8, 1, 1)
+    short = stand_still(noise[:, :2], 8)
+    doubled = texture[:, [0, 0, 1, 1, 2, 2, 3, 3]]                          # a film of 15 per second, read at 30
+    assert not any(map(has_cut, (noise, texture, slides, short, doubled, noise[:, :1])))
+    slides[:, 5:] = noise[:, 1:2]
+    slides[:, :, 0, 0] = torch.arange(8) * 9                                # a little motion before and after
+    assert has_cut(slides)
+
+
+# ------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups here')
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_signals_to_the_whole_group_leave_the_workers_alive(folder, name):
+    """As Ctrl-C, torchrun and a closed terminal send them: the main process takes note and goes on as long as it likes."""
+    code = f'''
+import os, signal, sys
+from video_diffusion import GifDataset
+from video_diffusion.data.dataset import batches
+noted = []
+signal.signal(signal.{name}, lambda *_: noted.append(1))
+data = batches(GifDataset({str(folder)!r}, 8, num_frames=2), 2, num_workers=2)
+next(data)
+os.killpg(0, signal.{name})
+for _ in range(20):
+    next(data)
+print("saved" if noted else "no signal")
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.stdout == 'saved\n' and done.returncode == 0, done.stderr
+
+
 # ------------------------------------------------------------------------------------- damage
 
 
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'):
         GifDataset(tmp_path / 'nowhere', 8)
-    with pytest.raises(ValueError, match=r'no clip in .*\.gif, \.webp'):
+    with pytest.raises(ValueError, match=r'no clip in .*\.webp, \.gif'):
         GifDataset(tmp_path, 8, exts=('webp', 'gif'))
 
 
@@ -291,8 +414,8 @@ def test_the_last_clip_is_replaced_by_the_first_and_none_is_an_error(folder):
 
 def test_cache_keeps_to_its_budget(folder, monkeypatch):
     reads = []
-    spy = lambda *a, **k: reads.append(a) or read_frames(*a, **k)
-    monkeypatch.setattr(dataset_module, 'read_frames', spy)
+    spy = lambda *a, **k: reads.append(a) or read_clip(*a, **k)
+    monkeypatch.setattr(dataset_module, 'read_clip', spy)
     one = 3 * 4 * 8 * 8
     for budget, cached in [(0, 0), (one - 1, 0), (one, 1), (3 * one + 5, 3), (5 * one, 5), (2**30, 5)]:
         reads.clear()
@@ -397,11 +520,9 @@ def test_workers_share_the_budget(varied, monkeypatch):
     class Worker:
         num_workers = 4
     monkeypatch.setattr(dataset_module, 'get_worker_info', lambda: Worker)
-    one = varied.frames(0).nbytes
-    varied.cache.clear()
-    varied.cached_bytes, varied.cache_bytes = 0, 8 * one
+    varied.cache_bytes = 8 * varied.read(0, 0, None).nbytes
     for i in range(7):
-        varied.frames(i)
+        varied.clip(i)
     assert len(varied.cache) == 2
 
 
@@ -421,8 +542,8 @@ def test_clip_shape(tmp_path):
     for i, (frames, height, width) in enumerate([(5, 8, 20), (9, 10, 12), (7, 30, 16)]):
         save(tmp_path / f'{i}.gif', frames, height, width)
     (tmp_path / '9.gif').write_bytes(b'')
-    assert clip_shape(tmp_path) == (7, 8, 12)
+    assert ClipFolder(tmp_path).shape() == (7, 8, 12)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'empty' / 'a.gif').touch()
     with pytest.raises(ValueError, match='none of the 1 clips'):
-        clip_shape(tmp_path / 'empty')
+        ClipFolder(tmp_path / 'empty').shape()

@@ -7,7 +7,8 @@ from torch import nn
 from video_diffusion_pytorch import GaussianDiffusion as PeerDiffusion
 
 from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, samplers
-from video_diffusion.diffusion.noise_schedule import OBJECTIVES, build_schedule, target, to_noise
+from video_diffusion.diffusion.noise_schedule import build_schedule
+from video_diffusion.diffusion.objective import OBJECTIVES, target, to_noise
 
 TINY = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
 
@@ -240,6 +241,46 @@ def test_errors_say_what_was_given_and_what_was_expected():
         diffusion.interpolate(torch.rand(1, 3, 3, 8, 8), torch.rand(2, 3, 3, 8, 8))
     with pytest.raises(ValueError, match='t=20.*0 to 19'):
         diffusion.interpolate(*torch.rand(2, 1, 3, 3, 8, 8), t=20)
+
+
+def test_latents_are_not_sampled_through_a_division_by_almost_nothing():
+    """With an ideal denoiser that errs by 2%, samples of unit variance had a standard deviation of 178: see objective.py."""
+    with pytest.raises(ValueError, match="objective='noise' with latents=True.*objective='v'"):
+        tiny(latents=True)
+    assert tiny(latents=True, objective='v').latents
+    assert tiny(latents=True, schedule='scaled_linear', timesteps=1000).objective == 'noise'       # as in Stable Diffusion
+
+    class Ideal(torch.nn.Module):
+        has_cond = cond_frames = False
+
+        def forward_with_cond_scale(self, x, t, cond=None, cond_scale=1.):
+            return 0.02 * torch.randn(x.shape, generator=errors)              # of latents N(0, 1): E[v | x] = 0
+    errors = torch.Generator().manual_seed(1)
+    diffusion = GaussianDiffusion(Ideal(), image_size=16, num_frames=4, objective='v', latents=True)
+    for sampler, steps in (('ddim', 10), ('dpm++2m', 20)):
+        drawn = diffusion.sample(batch_size=4, sampler=sampler, steps=steps, seed=0, progress=False)
+        assert 0.85 < drawn.std() < 1.15
+
+
+@pytest.mark.parametrize('setting', [
+    dict(timesteps=0), dict(timesteps=-1), dict(timesteps=1, zero_snr=True, objective='v'), dict(channels=-1), dict(image_size=0),
+    dict(num_frames=0), dict(offset_noise=-1), dict(dynamic_thres_percentile=2.), dict(schedule_shift=float('nan'))])
+def test_settings_out_of_range_are_named(setting):
+    with pytest.raises(ValueError, match=f'{next(iter(setting))}=.*: give'):
+        tiny(**setting)
+
+
+@pytest.mark.parametrize('setting', [
+    dict(steps=0), dict(cond_scale=float('nan')), dict(eta=2., sampler='ddim'), dict(guidance_rescale=5.), dict(guidance_rescale=-1.),
+    dict(dynamic_guidance=-1.), dict(frame_guidance=-1.), dict(batch_size=0)])
+def test_settings_of_sampling_out_of_range_are_named(setting):
+    with pytest.raises(ValueError, match=f'{next(iter(setting))}=.*: (give|the model)'):
+        tiny().sample(**setting, progress=False)
+
+
+def test_a_mask_for_a_network_that_is_never_told_is_refused():
+    with pytest.raises(ValueError, match='known_mask was given'):
+        tiny()(torch.rand(1, 3, 3, 8, 8), known_mask=torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_network_errors_say_which_sizes_fit():

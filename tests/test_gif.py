@@ -312,7 +312,7 @@ def test_a_batch_is_written_as_its_grid(tmp_path):
 
 @pytest.mark.parametrize('video, says', [
     (torch.zeros(3, 8, 8), r'\(3, 8, 8\)'), (torch.zeros(2, 4, 8, 8), r'\(2, 4, 8, 8\).*1, 3 or 4'),
-    (torch.zeros(3, 0, 8, 8), 'expected'), (torch.zeros(2, 3, 0, 8, 8), 'expects'),
+    (torch.zeros(3, 0, 8, 8), 'expected'), (torch.zeros(2, 3, 0, 8, 8), 'expected'),
     (torch.zeros(3, 4, 8, 8, dtype=torch.uint8), 'uint8'), (torch.full((3, 1, 2, 2), float('nan')), 'NaN'),
 ])
 def test_bad_videos(tmp_path, video, says):

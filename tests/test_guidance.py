@@ -53,13 +53,27 @@ def constant(**kwargs):
     return GaussianDiffusion(Constant(), image_size=8, num_frames=2, timesteps=1000, objective='x0', **kwargs)
 
 
-def test_a_dynamic_scale_is_that_of_cogvideox_at_every_step():
-    """1 + s (1 - cos(pi (i / n)^exponent)) / 2 at step i of n."""
-    diffusion = constant()
-    diffusion.sample(torch.ones(1, 1), cond_scale=6., steps=10, dynamic_guidance=5., progress=False)
-    expected = [1 + 6 * (1 - math.cos(math.pi * (i / 10) ** 5)) / 2 for i in range(10)]
-    assert diffusion.denoise_fn.scales == pytest.approx(expected)
+@pytest.mark.parametrize('how, progress', [
+    (dict(dynamic_guidance=5.), [i / 10 for i in range(10)]),                              # step i of n, as it was meant
+    (dict(wave_guidance=True), [(10 - t) / 10 for t in range(999, 0, -100)]),              # t of a thousand, as it is computed
+])
+def test_a_dynamic_scale_is_that_of_cogvideox_at_every_step(monkeypatch, how, progress):
+    """1 + s (1 - cos(pi progress^5)) / 2."""
+    scales = []
+    monkeypatch.setattr(guidance, 'guide', lambda x, _, scale, rescale: scales.append(scale) or x)
+    monkeypatch.setattr(guidance, 'dynamic_scale', lambda *args, plain=guidance.dynamic_scale: plain(*args) + 1e-9)   # never just 1
+    constant().sample(torch.ones(1, 1), cond_scale=6., steps=10, progress=False, **how)
+    assert scales == pytest.approx([1 + 6 * (1 - math.cos(math.pi * p ** 5)) / 2 for p in progress])
+
+
+def test_ends_and_waves_of_a_dynamic_scale():
     assert guidance.dynamic_scale(6., 0., 5) == 1 and guidance.dynamic_scale(6., 1., 5) == 7
+    waves = [round(guidance.wave_scale(6., t, 50), 2) for t in range(999, 0, -20)]
+    assert waves[:8] == [2.29, 2.54, 6.97, 6.42, 2.79, 4.27, 1.04, 4.17]                   # as told by those who met them
+    with pytest.raises(ValueError, match='give one of them'):
+        constant().sample(torch.ones(1, 1), cond_scale=6., wave_guidance=True, dynamic_guidance=5.)
+    with pytest.raises(ValueError, match='need guidance'):
+        constant().sample(torch.ones(1, 1), wave_guidance=True)
 
 
 def test_a_negative_prompt_takes_the_place_of_no_condition():

@@ -121,10 +121,11 @@ def test_masks_of_training():
     mask = known_frames.draw_mask(4000, FRAMES, 0.5, torch.device('cpu'), torch.Generator().manual_seed(0))
     some = mask[mask.any(dim=1)]
     assert 0.46 < len(some) / len(mask) < 0.54
-    assert some[:, 0].all() and not some[:, -2].any()                    # a beginning, never all of it
-    assert 0.45 < some[:, -1].float().mean() < 0.55                      # half of them with the end
+    assert some[:, 0].all() and not some.all(dim=1).any()                # a beginning, never all of it,
+    assert some[:, :-1].all(dim=1).any()                                 # but now and then all but one, as sampling allows
     lengths = some[:, :-1].sum(dim=1)
-    assert set(lengths.tolist()) == {1, 2, 3, 4}
+    assert set(lengths.tolist()) == {1, 2, 3, 4, 5}
+    assert 0.45 < some[lengths < 5, -1].float().mean() < 0.55            # half of them with the end, where something is between
     assert (some[:, :-1].int().diff(dim=1) <= 0).all()                   # no gaps
     assert not known_frames.draw_mask(50, FRAMES, 0., torch.device('cpu'), None).any()
 
@@ -153,9 +154,42 @@ def test_later_windows_may_follow_the_frames_alone():
     assert not torch.allclose(a[:, :, 3:6], b[:, :, 3:6])
     asked = []
     sample = diffusion.sample
-    diffusion.sample = lambda cond, scale, *args, **kwargs: asked.append(scale) or sample(cond, scale, *args, **kwargs)
+    diffusion.sample = lambda cond, **kwargs: asked.append(kwargs.get('cond_scale')) or sample(cond, **kwargs)
     diffusion.sample_long(9, one, 2., later_cond_scale=0., **how)
     assert asked == [2., 0.]
+
+
+@pytest.mark.parametrize('refinement', [dict(), dict(negative=torch.randn(1, 4)), dict(dynamic_guidance=5.), dict(guidance_rescale=0.7)])
+@pytest.mark.parametrize('later', [0., 1., 3.])
+def test_later_windows_without_guidance_are_without_its_refinements(later, refinement):
+    """Scale 0 would else draw the very thing that `negative` forbids, and dynamic guidance would begin at 1 all the same."""
+    diffusion = tiny(cond_dim=4)
+    cond, first = torch.randn(1, 4), torch.rand(1, 3, 3, 8, 8)
+    how = dict(sampler='ddim', steps=2, progress=False)
+    long = diffusion.sample_long(9, cond, 2., first_frames=first, later_cond_scale=later, seed=0, **how, **refinement)
+    asked = dict(first_frames=long[:, :, 3:6], seed=1_000_003, cond_scale=later, **how, **(refinement if later == 3. else {}))
+    torch.testing.assert_close(long[:, :, 6:], diffusion.sample(cond, **asked)[:, :, 3:6])
+
+
+def test_a_later_scale_that_cannot_be_is_refused_before_the_first_window():
+    diffusion = tiny(cond_dim=4)
+    diffusion.sample = None                                                 # nobody gets as far
+    with pytest.raises(ValueError, match='later_cond_scale=nan'):
+        diffusion.sample_long(9, torch.randn(1, 4), 2., later_cond_scale=float('nan'))
+    with pytest.raises(ValueError, match='give cond'):
+        diffusion.sample_long(9, later_cond_scale=3., negative=torch.randn(1, 4))
+    with pytest.raises(TypeError, match='return_all'):
+        diffusion.sample_long(9, torch.randn(1, 4), return_all=True)
+
+
+def test_inference_mode_does_not_stand_in_the_way_of_gradients():
+    diffusion, first = tiny(), torch.rand(1, 3, 2, 8, 8)
+    how = dict(first_frames=first, known_by='guide', sampler='ddim', steps=2, seed=0, batch_size=1, progress=False)
+    expected = diffusion.sample(**how)
+    with torch.inference_mode():
+        made_inside = first.clone()
+        assert torch.equal(diffusion.sample(**how), expected)
+        assert torch.equal(diffusion.sample(**{**how, 'first_frames': made_inside}), expected)
 
 
 @pytest.mark.parametrize('given, says', [
@@ -163,7 +197,13 @@ def test_later_windows_may_follow_the_frames_alone():
     (dict(first_frames=torch.rand(3, 2, 8, 8)), 'expected (batch, channels, 1 to 5 frames, height, width)'),
     (dict(first_frames=torch.rand(1, 3, 2, 8, 12)), 'expected (batch, 3, 6, 8, 8)'),
     (dict(first_frames=torch.rand(3, 3, 2, 8, 8)), 'known frames of 3 videos for a batch of 2'),
-    (dict(known=torch.rand(1, 3, FRAMES, 8, 8)), 'got nothing'),
+    (dict(known=torch.rand(1, 3, FRAMES, 8, 8)), 'known and known_mask belong together'),
+    (dict(known_mask=torch.ones(FRAMES, dtype=torch.bool)), 'known and known_mask belong together'),
+    (dict(first_frames=torch.rand(1, 3, 2, 8, 8), known_mask=torch.ones(FRAMES, dtype=torch.bool)), 'first_frames says all'),
+    (dict(first_frames=torch.rand(1, 3, 2, 8, 8), known=torch.rand(1, 3, FRAMES, 8, 8)), 'first_frames says all'),
+    (dict(known_by='guide'), 'give first_frames, or known and known_mask'),
+    (dict(frame_guidance=2.), 'give first_frames, or known and known_mask'),
+    (dict(first_frames=torch.rand(1, 3, 2, 8, 8), known_by='replace', frame_guidance=2.), "the weight of known_by='guide'"),
     (dict(known=torch.rand(1, 3, FRAMES, 8, 8), known_mask=torch.ones(FRAMES)), 'got torch.float32 of shape (6,)'),
     (dict(first_frames=torch.rand(1, 3, 2, 8, 8), known_by='magic'), "known_by='magic'"),
 ])

@@ -164,7 +164,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(clips, tmp_path):
 def test_cached_latents_train_like_the_clips(clips, tmp_path, monkeypatch):
     soften(make_trainer(clips, tmp_path / 'clips')).train()
     soften(make_trainer(clips, tmp_path / 'cached', latent_cache=tmp_path / 'latents', train_num_steps=2)).train()
-    monkeypatch.setattr(GifDataset, 'frames', lambda *args: pytest.fail('pixels were touched'))
+    monkeypatch.setattr(GifDataset, 'read', lambda *args: pytest.fail('pixels were touched'))
     monkeypatch.setattr(CausalVAE, 'encode', lambda *args: pytest.fail('a clip was encoded again'))
     trainer = make_trainer(clips, tmp_path / 'cached', latent_cache=tmp_path / 'latents')
     trainer.load(-1)
@@ -203,6 +203,18 @@ def test_the_cache_goes_on_where_it_stopped_and_knows_what_it_holds(clips, tmp_p
         LatentCache(GifDataset(clips, SIZE, num_frames=FRAMES, random_window=True), make(), tmp_path, CPU)
     with pytest.raises(ValueError, match='pixels'):
         LatentCache(GifDataset(clips, SIZE), GaussianDiffusion(Unet3D(8), image_size=16, num_frames=5), tmp_path, CPU)
+
+
+def test_the_cache_reads_a_clip_once_and_keeps_no_pixels(clips, tmp_path, monkeypatch):
+    reads, read = [], GifDataset.read
+    monkeypatch.setattr(GifDataset, 'read', lambda self, index, *how: reads.append(index) or read(self, index, *how))
+    for budget in (2**30, 100):
+        reads.clear()
+        dataset = GifDataset(clips, SIZE, num_frames=FRAMES, cache_bytes=budget)
+        LatentCache(dataset, make(), tmp_path / str(budget), CPU)
+        assert sorted(reads) == list(range(6)) and not dataset.cache
+    parts = LatentCache(GifDataset(clips, SIZE, num_frames=FRAMES - 2, clips_per_video=2), make(frames=FRAMES - 2), tmp_path / 'parts', CPU)
+    assert len(parts) == 12 and not torch.equal(parts.clip(0), parts.clip(1))
 
 
 def test_two_processes_draw_what_one_draws_for_twice_the_batch(clips, tmp_path):

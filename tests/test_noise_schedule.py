@@ -9,20 +9,16 @@ import torch
 
 from video_diffusion import GaussianDiffusion, Unet3D
 from video_diffusion.diffusion.noise_schedule import (
-    OBJECTIVES,
     SCHEDULES,
     build_schedule,
     cosine_schedule,
     linear_schedule,
-    min_snr_weight,
     posterior,
     scaled_linear_schedule,
     shifted,
-    target,
-    to_noise,
-    to_x0,
     zero_snr,
 )
+from video_diffusion.diffusion.objective import OBJECTIVES, min_snr_weight, target, to_noise, to_x0
 
 
 def snr(alpha_bar):

@@ -11,7 +11,7 @@ from gloo_workers import Workers
 from test_latent import make as make_latent
 from test_trainer import CPU, assert_same_state, clips, read_log, soften  # noqa: F401, clips is a fixture
 
-from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor
+from video_diffusion import DiT, GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor
 from video_diffusion.distributed import Processes
 from video_diffusion.training.shard import own
 
@@ -20,17 +20,21 @@ def build(kind, seed=0):
     torch.manual_seed(seed)
     if kind == 'latent':
         return make_latent(captions=True, told=0.5)
+    if kind == 'dit':
+        dit = DiT(32, 8, dim_head=16, depth=2, patch=4, text_length=12, checkpoint_activations=True)
+        return GaussianDiffusion(dit, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
     words = kind == 'words'
     unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8, text_tokens=words, checkpoint_activations=words)
     return GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
 
 
-def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, steps=4):
+def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, steps=4, muon_lr=None):
     diffusion = build(kind, seed=processes.rank)             # all are to begin with the weights of the main process
     return soften(Trainer(
         diffusion, clips, train_batch_size=4 // processes.world_size, gradient_accumulate_every=2, train_num_steps=steps,
         train_lr=1e-3, step_start_ema=1, update_ema_every=1, ema_decay=0.5, max_grad_norm=0.1, save_and_sample_every=2,
-        num_sample_rows=1, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard))
+        num_sample_rows=1, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard,
+        muon_lr=muon_lr))
 
 
 def train(processes, clips, results, settings):
@@ -40,10 +44,11 @@ def train(processes, clips, results, settings):
     if resume:
         trainer.load(-1)
     trainer.train()
-    states = trainer.optimizer.state.values()
+    states = [state for state in trainer.optimizer.state.values() if 'exp_avg' in state]
+    momenta = [state['momentum'] for state in trainer.optimizer.state.values() if 'momentum' in state]
     shares = []
     for tensors in (trainer.optimizer.param_groups[0]['params'], trainer.ema.average.values(),
-                    [state['exp_avg'] for state in states], [state['exp_avg_sq'] for state in states]):
+                    [state['exp_avg'] for state in states] + momenta, [state['exp_avg_sq'] for state in states]):
         held = [own(tensor).untyped_storage() for tensor in tensors]                      # all that a view keeps alive, too
         shares.append(sum(storage.nbytes() for storage in held) / sum(4 * tensor.numel() for tensor in tensors))
     return shares
@@ -127,9 +132,9 @@ def test_a_run_that_was_whole_goes_on_sharded_and_is_sampled_from(train_on, whol
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kind', ['words', 'latent'])
+@pytest.mark.parametrize('kind', ['words', 'latent', 'dit'])
 def test_every_kind_of_model_can_be_sharded(train_on, tmp_path, kind):
-    """One whose text encoder is asked for tokens and whose blocks are computed twice; one with a VAE that is frozen."""
+    """One whose text encoder is asked for tokens and whose blocks are computed twice; one with a VAE that is frozen; a transformer."""
     train_on(1, tmp_path / 'whole', kind=kind)
     train_on(2, tmp_path / 'shards', kind=kind, shard=True)
     assert_same_run(tmp_path / 'whole', tmp_path / 'shards')
@@ -152,3 +157,11 @@ def test_what_is_not_finite_in_one_process_stops_all(run_on, clips, tmp_path):
 def test_fusing_and_sharding_are_not_for_one_run(clips, tmp_path):
     with pytest.raises(ValueError, match='shard=True borrows weights .* leave out one'):
         Trainer(build('plain'), clips, results_folder=tmp_path, shard=True, compile=True, processes=CPU)
+
+
+def test_muon_makes_of_shares_the_step_that_it_makes_of_the_whole(train_on, tmp_path):
+    train_on(1, tmp_path / 'whole', muon_lr=0.01)
+    train_on(2, tmp_path / 'shards', muon_lr=0.01, shard=True, steps=2)
+    for share in train_on(2, tmp_path / 'shards', muon_lr=0.01, shard=True, resume=True):
+        assert share == pytest.approx([0.5] * 4, abs=0.05)
+    assert_same_run(tmp_path / 'whole', tmp_path / 'shards')

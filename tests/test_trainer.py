@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, gif_to_tensor, lr_schedule, shapes
 from video_diffusion.distributed import Processes
@@ -30,11 +31,11 @@ def clips(tmp_path_factory):
     return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 12, image_size=16, num_frames=2)
 
 
-def make_trainer(clips, results, *, captions=True, diffusion={}, **kwargs):
+def make_trainer(clips, results, *, captions=True, diffusion=(), **kwargs):
     torch.manual_seed(0)
     encoder = WordEncoder(8) if captions else None
     unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8 if captions else None)
-    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder, **diffusion)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=encoder, **dict(diffusion))
     settings = dict(train_batch_size=2, train_num_steps=6, train_lr=1e-3, step_start_ema=2, update_ema_every=1,
                     save_and_sample_every=3, num_sample_rows=2, sample_steps=2, log_every=2, processes=CPU)
     return Trainer(diffusion, clips, results_folder=results, **{**settings, **kwargs})
@@ -77,7 +78,7 @@ def test_a_run_leaves_checkpoints_samples_and_a_log(clips, tmp_path):
     logs = []
     trainer.train(log_fn=logs.append)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['1.gif', '2.gif', 'log.csv', 'model-1.pt', 'model-2.pt', 'prompts.txt']
-    assert gif_to_tensor(tmp_path / '2.gif').shape == (3, 2, 40, 40)  # 2 x 2 clips of 16 pixels, 2 around each
+    assert gif_to_tensor(tmp_path / '2.gif').shape == (3, 2, 200, 200)  # 2 x 2 clips of 16 pixels, 6 times as large, 2 around each
     assert len((tmp_path / 'prompts.txt').read_text().splitlines()) == 4
     log = read_log(tmp_path)
     assert [int(step) for step, _, _ in log] == [1, 2, 3, 4, 5, 6]
@@ -319,6 +320,61 @@ def test_milestones_are_numbers_not_strings(tmp_path):
         (tmp_path / name).touch()
     assert list(checkpoint.milestones(tmp_path)) == [2, 10]
     assert checkpoint.newest(tmp_path).name == 'model-10.pt'
+
+
+@pytest.mark.parametrize('first, then, names', [(2, 8, {1: 2, 2: 4, 3: 6, 4: 8, 5: 16}), (8, 2, {1: 8, 2: 10, 3: 12}), (4, 4, {1: 4, 2: 8, 3: 12})])
+def test_milestones_go_on_rising_when_a_run_goes_on_in_other_steps(clips, tmp_path, first, then, names):
+    """"Newest" is the highest number: with numbers counted anew, it would be an old checkpoint."""
+    make_trainer(clips, tmp_path, train_num_steps=8, save_and_sample_every=first).train()
+    trainer = make_trainer(clips, tmp_path, train_num_steps=max(names.values()), save_and_sample_every=then)
+    trainer.load(-1)
+    assert trainer.step == 8
+    trainer.train()
+    assert {number: checkpoint.load(path)['step'] for number, path in checkpoint.milestones(tmp_path).items()} == names
+    assert len(read_log(tmp_path)) == max(names.values())
+    again = make_trainer(clips, tmp_path, save_and_sample_every=then)
+    again.load(-1)
+    assert again.milestone() == max(names)
+
+
+@pytest.mark.parametrize('sampling, says', [
+    (dict(sampler='dimm'), "sampler='dimm'"), (dict(sample_steps=11), 'steps=11'), (dict(sample_steps=0), 'steps=0'),
+    (dict(cond_scale=float('inf')), 'cond_scale=inf')])
+def test_settings_of_sampling_are_refused_before_training_not_at_the_first_milestone(clips, tmp_path, sampling, says):
+    with pytest.raises(ValueError, match=says):
+        make_trainer(clips, tmp_path, **sampling)
+
+
+@pytest.mark.parametrize('setting', [
+    dict(max_grad_norm=0), dict(max_grad_norm=-1.), dict(null_cond_prob=-1), dict(null_cond_prob=5), dict(null_cond_prob=float('nan')),
+    dict(noise_bias=float('inf')), dict(noise_bias=float('nan')), dict(train_lr=float('nan')), dict(train_lr=-1.),
+    dict(train_num_steps=0), dict(train_batch_size=-1), dict(seed=2 ** 64), dict(num_sample_rows=0), dict(ema_decay=1.)])
+def test_nonsense_is_refused_and_named(clips, tmp_path, setting):
+    with pytest.raises(ValueError, match=f'{next(iter(setting))}=.*: give'):
+        make_trainer(clips, tmp_path, **setting)
+
+
+@pytest.mark.parametrize('share', [-1, 2, float('nan')])
+def test_a_share_of_clips_that_is_none_is_refused(clips, tmp_path, share):
+    with pytest.raises(ValueError, match='prob_focus_present'):
+        make_trainer(clips, tmp_path).train(prob_focus_present=share)
+
+
+@pytest.mark.slow
+def test_torch_compile_through_a_milestone(clips, tmp_path, monkeypatch):
+    """Drawing and writing a GIF in between makes nothing compile again: one graph to train, and one each to sample with the
+    caption and without it."""
+    counter = CompileCounter()                                      # compiles nothing, but counts what it is given
+    torch._dynamo.reset()
+    monkeypatch.setattr(Unet3D, 'compile', lambda unet: torch.nn.Module.compile(unet, backend=counter))
+    how = dict(train_num_steps=4, save_and_sample_every=2, num_sample_rows=1, cond_scale=2., gradient_accumulate_every=1)
+    trainer = make_trainer(clips, tmp_path, compile=True, **how)
+    trainer.train()
+    assert counter.frame_count == 3, f'{counter.frame_count} graphs'
+    plain = make_trainer(clips, tmp_path / 'plain', **how)
+    plain.train()
+    for a, b in zip(trainer.diffusion.parameters(), plain.diffusion.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
 # Several processes

@@ -39,6 +39,7 @@ CASES = {
     'no sparse attention': (dict(SMALL, use_sparse_linear_attn=False), {}, (2, 3, 3, 8, 8)),
     'other widths': (dict(dim=24, dim_mults=(2, 1), attn_heads=3, attn_dim_head=40, resnet_groups=4, channels=1,
                           out_dim=2, init_kernel_size=3), {}, (2, 1, 4, 8, 8)),
+    'grey': (dict(SMALL, channels=1), {}, (2, 1, 3, 8, 8)),
     'long clip': (SMALL, {}, (1, 3, 40, 4, 4)),
     'cond': (dict(SMALL, cond_dim=6), dict(cond=6), (2, 3, 5, 8, 8)),
     'cond dropped': (dict(SMALL, cond_dim=6), dict(cond=6, null_cond_prob=1.), (2, 3, 5, 8, 8)),
@@ -78,8 +79,9 @@ def test_output_and_all_gradients_equal_the_peer(case):
         assert difference < 1e-4 * grads_a[name].norm() + 1e-7 * largest, name
 
 
-def test_weights_go_back_unchanged():
-    theirs, ours = twins(**dict(SMALL, cond_dim=6))
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_weights_go_back_unchanged(channels):
+    theirs, ours = twins(**dict(SMALL, cond_dim=6, channels=channels))
     back = unet_to_lucidrains(ours.state_dict())
     assert back.keys() == theirs.state_dict().keys()
     for name, weight in theirs.state_dict().items():

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from video_diffusion.distributed import Processes
 from video_diffusion.vae.gaussian import DiagonalGaussian
 from video_diffusion.vae.metrics import psnr, ssim
 from video_diffusion.vae.vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
@@ -85,6 +86,38 @@ def test_the_adaptive_weight_is_a_ratio_of_gradient_norms_and_clamped():
     assert adaptive_weight(torch.zeros((), requires_grad=True) * 1, adversarial, layer).item() == 0   # no frames here
 
 
+class HalfLayer(torch.nn.Module):
+    """A last layer as autocast runs it in fp16, and two losses, each a mean over so many values that its gradients vanish."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3, 5) * 0.1)
+        self.x, self.to = torch.randn(40, 5), torch.randn(40, 3)
+
+    def losses(self, dtype, divisor=1e9):
+        y = torch.nn.functional.linear(self.x.to(dtype), self.weight.to(dtype)).float()
+        return (y - self.to).square().sum() / divisor, y.tanh().sum() / divisor
+
+
+def test_the_adaptive_weight_in_fp16_is_that_in_float32():
+    layer = HalfLayer()
+    expected = adaptive_weight(*layer.losses(torch.float32), layer.weight).item()
+    assert adaptive_weight(*layer.losses(torch.float16), layer.weight).item() == 0          # what scale is there for
+    weight = adaptive_weight(*layer.losses(torch.float16), layer.weight, scale=torch.tensor(2. ** 26))
+    assert weight.item() == pytest.approx(expected, rel=1e-2) and expected > 1e-4
+    assert adaptive_weight(*layer.losses(torch.float32), layer.weight, scale=2. ** 26).item() == pytest.approx(expected)
+    too_large = adaptive_weight(*layer.losses(torch.float16), layer.weight, scale=torch.tensor(2. ** 50))
+    assert too_large.isnan()                                     # its gradients are not finite, so a GradScaler leaves out the step
+
+
+def test_the_adaptive_weight_does_not_wait_for_the_device():
+    """A tensor on the meta device has no numbers: whoever asks for them, by item() or cpu(), gets an error."""
+    layer = torch.ones(2, 3, device='meta', requires_grad=True)
+    weight = adaptive_weight(layer.square().sum(), layer.sum(), layer, average=Processes().mean, scale=layer.detach().sum())
+    assert weight.is_meta and weight.shape == ()
+
+
 # The critic
 
 def test_the_critic_scores_the_first_frame_as_a_picture_and_later_ones_with_their_past():
@@ -121,11 +154,11 @@ def test_a_critic_learns_to_tell_a_blurred_clip():
 
 @pytest.fixture(scope='module')
 def vgg(tmp_path_factory):
-    from torchvision.models import vgg16
+    from torchvision.models.vgg import cfgs, make_layers
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp('vgg') / 'vgg16.pth'
-    state = vgg16(weights=None).state_dict()
-    torch.save({name: value for name, value in state.items() if name.startswith('features')}, path)
+    state = make_layers(cfgs['D']).state_dict()                    # without the classifier, nine tenths of it
+    torch.save({f'features.{name}': value for name, value in state.items()}, path)
     return path
 
 
@@ -158,10 +191,30 @@ def test_a_perceptual_loss_without_weights_says_where_they_are(tmp_path):
         with pytest.raises(FileNotFoundError, match='vgg16-397923af.pth'):
             PerceptualLoss(path)
     torch.save({'features.0.weight': torch.zeros(1)}, tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match='other.pth does not hold'):
+    with pytest.raises(ValueError, match='other.pth .*VGG16.* does not fit.*missing'):
         PerceptualLoss(tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match="'l1' or 'l2'"):
+    with pytest.raises(ValueError, match="loss='huber': give one of 'l1', 'l2'"):
         VAELoss('huber')
+    for weight in (-1., math.nan, math.inf):
+        with pytest.raises(ValueError, match='perceptual_weight='):
+            VAELoss(perceptual_weight=weight)
+
+
+@pytest.mark.parametrize('shape, sees', [((1, 1, 2, 16, 16), True), ((1, 3, 1, 16, 17), True), ((1, 4, 2, 16, 16), False),
+                                         ((1, 3, 2, 15, 16), False), ((1, 3, 2, 16, 8), False)])
+def test_the_perceptual_loss_says_which_videos_it_can_see(vgg, shape, sees):
+    loss, video = PerceptualLoss(vgg), clip(*shape)
+    if sees:
+        assert loss(video, 1 - video).item() > 0
+    else:
+        with pytest.raises(ValueError, match=f'{shape[1]} channels of {shape[3]}x{shape[4]} pixels: VGG16 sees'):
+            loss(video, video)
+
+
+def test_a_reconstruction_of_other_channels_is_not_broadcast():
+    video, again, posterior = example()
+    with pytest.raises(ValueError, match='out_channels'):
+        VAELoss()(video, again[:, :1], posterior, frames=5)
 
 
 # PSNR and SSIM

@@ -177,6 +177,27 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
     assert read_log(tmp_path / 'parts') == read_log(tmp_path / 'whole')
 
 
+def test_dropout_too_goes_on_as_if_it_had_not_stopped(clips, tmp_path):
+    make = lambda folder, **settings: make_trainer(clips, tmp_path / folder, small_vae(dropout=0.5), **settings)
+    make('whole').train()
+    make('parts', train_num_steps=2).train()
+    torch.manual_seed(7)                          # a new process: whatever its global generator is at
+    second = make('parts')
+    second.load(-1)
+    before = torch.get_rng_state()
+    second.train()
+    assert torch.equal(torch.get_rng_state(), before)             # and nobody else's numbers change
+    whole, parts = (vae_from_checkpoint(tmp_path / name).state_dict() for name in ('whole', 'parts'))
+    assert_same_state(whole, parts)
+    trainer = make('apart')                       # masks differ from batch to batch, and from process to process
+    drawn = []
+    for number, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        trainer.processes.rank = rank
+        with trainer.own_randomness(number):
+            drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[3] and drawn[0] != drawn[1] and drawn[0] != drawn[2]
+
+
 def test_what_is_not_finite_names_its_column(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, disc_start=0)
     with torch.no_grad():
@@ -203,12 +224,16 @@ def test_fine_tuning_starts_from_given_weights_but_those_ignored():
 
 
 def test_what_cannot_work_is_refused(clips, tmp_path):
-    with pytest.raises(ValueError, match='image_steps=-1: give 0 or more'):
+    with pytest.raises(ValueError, match='image_steps=-1: give a whole number, 0 or more'):
         make_trainer(clips, tmp_path, image_steps=-1)
     with pytest.raises(ValueError, match='6 frames: time is compressed by 4'):
         make_trainer(clips, tmp_path, small_vae(dim_mults=(1, 1, 1), time_compression=4), num_frames=6, image_steps=2)
     with pytest.raises(ValueError, match='image_share=2'):
         make_trainer(clips, tmp_path, image_share=2)
+    for name, value in (('kl_weight', -1.), ('kl_weight', float('nan')), ('disc_weight', -1), ('disc_start', -1), ('held_out', 0),
+                        ('held_out', -3), ('image_share', float('nan')), ('disc_weight', float('inf'))):
+        with pytest.raises(ValueError, match=rf'^{name}={value}: give'):
+            make_trainer(clips, tmp_path, **{name: value})
     with pytest.raises(ValueError, match='image_size=8'):
         make_trainer(clips, tmp_path, image_size=8)
     with pytest.raises(ValueError, match='train_batch_size=0'):

@@ -14,15 +14,21 @@ know which room a thing lives in. Converters of other projects' weights come fro
 from . import checkpoint, distributed
 from .data import shapes
 from .data.dataset import GifDataset
+from .data.folder import ClipFolder
 from .data.gif import gif_to_tensor, video_tensor_to_gif
+from .data.mp4 import video_tensor_to_mp4, video_to_tensor
+from .data.show import show
 from .diffusion import samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
+from .networks.dit import DiT
+from .networks.lora import add_lora, merge_lora, remove_lora, scale_lora, unmerge_lora
 from .networks.text import BertEncoder, T5Encoder, WordEncoder
 from .networks.transformer import SpatialTransformer
 from .networks.unet3d import Unet3D
 from .training import lr_schedule
 from .training.ema import EMA
+from .training.lora_run import load_lora
 from .training.trainer import Trainer
 from .training.vae_trainer import VAETrainer
 from .vae.causal_vae import CausalVAE
@@ -31,8 +37,9 @@ from .vae.vae_checkpoint import vae_from_checkpoint
 from .vae.vae_loss import PerceptualLoss
 
 __all__ = [
-    'BertEncoder', 'CausalVAE', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss', 'SpatialTransformer',
-    'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
-    'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'lr_schedule', 'samplers', 'shapes',
-    'vae_from_checkpoint', 'video_tensor_to_gif',
+    'BertEncoder', 'CausalVAE', 'ClipFolder', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
+    'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
+    'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'load_lora',
+    'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'show', 'unmerge_lora',
+    'vae_from_checkpoint', 'video_tensor_to_gif', 'video_tensor_to_mp4', 'video_to_tensor',
 ]

@@ -52,10 +52,10 @@ class Processes:
         return bool(answer.item())
 
     def mean(self, values: Tensor) -> Tensor:
-        """The average over the processes, on the CPU."""
-        values = values.cpu().clone(memory_format=torch.contiguous_format)  # gloo writes over it, stride by stride
+        """The average over the processes, on the device of `values`, so that nobody has to wait for a GPU."""
         if self.world_size > 1:
-            dist.all_reduce(values, group=self.cpu_group)
+            values = values.clone(memory_format=torch.contiguous_format)  # it is written over, stride by stride
+            dist.all_reduce(values, group=self.cpu_group if values.device.type == 'cpu' else None)
             values /= self.world_size
         return values
 
@@ -80,6 +80,15 @@ def best_device(local_rank: int = 0) -> torch.device:
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 
+def usable_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, of several alike the one of this process."""
+    there = ['cpu'] + ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available()
+    kind, _, index = name.partition(':')
+    if kind not in there or not (index == '' or index.isdecimal()):
+        raise ValueError(f'device={name!r}: this machine has {", ".join(there)}')
+    return torch.device(name) if kind != 'cuda' or index else torch.device('cuda', local_rank)
+
+
 def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None, context_parallel: int = 1) -> Processes:
     """Join the group that torchrun announces, or be a group of one.
 
@@ -88,7 +97,7 @@ def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None, 
     """
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
-    place = torch.device(device) if device else best_device(local_rank)
+    place = usable_device(device, local_rank) if device else best_device(local_rank)
     if world_size == 1:
         if context_parallel > 1:
             raise ValueError(f'context_parallel={context_parallel}: this process is alone; start several with torchrun')

@@ -1,10 +1,12 @@
-"""A folder of clips, and perhaps captions, as training batches.
+"""A folder of clips, and perhaps captions (folder.py), as training batches.
 
-    my_gifs/a.gif   my_gifs/a.txt   my_gifs/deep/er/b.gif   my_gifs/deep/er/b.txt
-or  my_gifs/videos/a.gif            my_gifs/labels/a.txt
+`GifDataset` turns files, GIFs or films, into clips of a fixed size; decoded clips stay in memory, so each file is
+read once.  Of a recording that is much longer than a clip only a window is read, another one each time:
 
-`GifDataset` turns one file into one clip of a fixed size; decoded clips stay in memory, so each file is
-read once.  Training wants more: an endless shuffled sequence that can stop anywhere, go on exactly
+    |------------------------- recording -------------------------|         clips_per_video=3, random_window=True:
+    |  [window]           |       [window]     |        [window]  |         one from each third, anew in each epoch
+
+Training wants more: an endless shuffled sequence that can stop anywhere, go on exactly
 there, and be shared by several processes without anybody seeing a clip twice.  All three are the same
 wish, that the p-th clip of the sequence depends on p and the seed alone:
 
@@ -18,23 +20,24 @@ wish, that the p-th clip of the sequence depends on p and the seed alone:
         ...
 """
 
+import atexit
 import hashlib
 import os
+import signal
 import warnings
+import weakref
 from collections.abc import Iterator
 from copy import copy
 from itertools import count
-from pathlib import Path
-from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .gif import check_channels, read_frames
+from .folder import CLIPS, ClipFolder, clip_shape, read_clip
+from .frames import check_request, count_frames
 
-CLIPS, IMAGES = ('gif',), ('png', 'jpg', 'jpeg')
+LONG = 8                # a recording so many times as long as a clip is read in windows, and not kept in memory
 
 
 class GifDataset(Dataset):
@@ -43,32 +46,44 @@ class GifDataset(Dataset):
 
     def __init__(
         self,
-        folder,
+        folder,                                 # its name, or a ClipFolder
         image_size: int | tuple[int, int],      # or (height, width): clips are scaled to cover it and cropped
         channels: int = 3,                      # 1 grey, 3 RGB, 4 RGBA
         num_frames: int = 16,
         horizontal_flip: bool = False,          # mirror half of the clips, drawn anew each time
         force_num_frames: bool = True,          # False: every clip keeps its own length
-        exts: tuple[str, ...] = CLIPS,          # 'webp', 'png' and what else Pillow reads work too
+        exts: tuple[str, ...] = CLIPS,          # pictures work too: 'webp', 'png', 'jpg', 'bmp'
         *,
+        fps: float | None = None,               # frames per second, whatever the files have; None: every frame
         random_window: bool = False,            # from long clips take any num_frames, not the first
+        clips_per_video: int = 1,               # each file counts as so many clips, from as many equal stretches of it
         seed: int = 0,                          # for the flips and windows of dataset[i]
         strict: bool = False,                   # True: a damaged file is an error, not a warning
         cache_bytes: int = 2**30,               # memory for decoded clips
     ):
-        check_channels(channels)
+        check_request(channels, fps)
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(self.size) != 2 or min(self.size) < 1 or num_frames < 1:
             raise ValueError(f'image_size={image_size}, num_frames={num_frames}: expected positive numbers, '
                              'and one or two (height, width) for the size')
-        self.channels, self.horizontal_flip = channels, horizontal_flip
+        if clips_per_video < 1 or clips_per_video > 1 and not force_num_frames:
+            raise ValueError(f'clips_per_video={clips_per_video}: give 1 or more, and above 1 only with force_num_frames=True')
+        self.channels, self.horizontal_flip, self.rate = channels, horizontal_flip, fps
         self.num_frames = num_frames if force_num_frames else None
         self.random_window = random_window and force_num_frames
-        self.seed, self.strict, self.cache_bytes = seed, strict, cache_bytes
-        self.cache, self.cached_bytes = {}, 0
-        self.bad, self.generators = set(), {}
-        self.paths = without_damaged(find_clips(folder, exts), strict)
-        self.captions = read_captions(self.paths)           # one str for each clip, or None
+        self.seed, self.strict, self.cache_bytes, self.clips_per_video = seed, strict, cache_bytes, clips_per_video
+        self.source = folder if isinstance(folder, ClipFolder) else ClipFolder(folder, exts, strict)
+        stretches = range(clips_per_video)
+        self.paths = [path for path in self.source.paths for _ in stretches]
+        self.parts = [part for _ in self.source.paths for part in stretches]
+        captions = self.source.captions                     # one str for each clip, or None
+        self.captions = captions and [caption for caption in captions for _ in stretches]
+        self.forget()
+
+    def forget(self) -> None:
+        """All that is known about clips by their number."""
+        self.cache, self.cached_bytes, self.lengths = {}, 0, {}
+        self.bad, self.generators, self.windows, self.cuts = set(), {}, 0, 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -90,8 +105,9 @@ class GifDataset(Dataset):
         for dataset, inside in ((rest, True), (self, False)):
             kept = [i for i in range(len(dataset)) if (i in chosen) == inside]
             dataset.paths = [dataset.paths[i] for i in kept]
+            dataset.parts = [dataset.parts[i] for i in kept]
             dataset.captions = dataset.captions and [dataset.captions[i] for i in kept]
-            dataset.cache, dataset.cached_bytes, dataset.bad, dataset.generators = {}, 0, set(), {}
+            dataset.forget()
         return rest
 
     def clip(self, index: int, generator: torch.Generator | None = None) -> Tensor:
@@ -104,36 +120,70 @@ class GifDataset(Dataset):
         return clips.float() / 255
 
     def clip_and_caption(self, index: int, generator: torch.Generator | None = None):
-        index, frames = self.readable(index)
-        length = frames.shape[1]
-        window, flip = (0., 1.) if generator is None else torch.rand(2, generator=generator).tolist()
-        start = int(window * max(1, length - self.num_frames + 1)) if self.random_window else 0
-        # A short clip stands still at its end: black frames would teach the model to fade to black.
-        chosen = torch.arange(start, start + (self.num_frames or length)).clamp(max=length - 1)
-        clip = frames[:, chosen]                                                            # a copy
+        place, flip = (0., 1.) if generator is None else torch.rand(2, generator=generator).tolist()
+        index, clip = self.readable(index, place)
+        if self.random_window and generator is not None:
+            self.windows += 1
+            if has_cut(clip):
+                index, clip = self.without_cut(index, clip, generator)
         if self.horizontal_flip and flip < 0.5:
             clip = clip.flip(-1)
         return clip, self.captions and self.captions[index]
 
-    def frames(self, index: int) -> Tensor:
-        """All frames that may be asked for, resized: bytes (c f h w), from the cache if they are there."""
-        if index in self.cache:
-            return self.cache[index]
-        needed = None if self.random_window else self.num_frames
-        frames = resize_and_crop(read_frames(self.paths[index], self.channels, num_frames=needed), self.size)
+    def without_cut(self, index: int, clip: Tensor, generator: torch.Generator, tries: int = 4) -> tuple[int, Tensor]:
+        """Another window, for a change of scene is not motion; if all have one, the last."""
+        self.cuts += 1
+        if self.cuts & self.cuts - 1 == 0:                  # 1, 2, 4, 8, ...: a worker process cannot say it at the end
+            warnings.warn(f'{self.cuts} of {self.windows} windows had a change of scene in them and were drawn again')
+        for _ in range(tries):
+            index, clip = self.readable(index, torch.rand(1, generator=generator).item())
+            if not has_cut(clip):
+                break
+        return index, clip
+
+    def window(self, index: int, place: float) -> Tensor:
+        """num_frames of a clip, resized, as bytes (c f h w): those that begin at `place`, from 0 (the first) to 1."""
+        begin, end = self.stretch(index)
+        if self.random_window and end - begin > LONG * self.num_frames:
+            begin += int(place * (end - begin - self.num_frames + 1))
+            return stand_still(self.read(index, begin, self.num_frames), self.num_frames)
+        if index not in self.cache:
+            frames = self.read(index, begin, end - begin if self.random_window else self.num_frames)
+            self.remember(index, frames)
+        else:
+            frames = self.cache[index]
+        length = frames.shape[1]
+        start = int(place * max(1, length - self.num_frames + 1)) if self.random_window else 0
+        return stand_still(frames[:, start:][:, :self.num_frames].clone(), self.num_frames or length)
+
+    def stretch(self, index: int) -> tuple[int, int]:
+        """From which to which frame of its file the clip may be taken."""
+        if not self.random_window and self.clips_per_video == 1:
+            return 0, 0                                     # its first frames: no need to know how long it is
+        path, part = self.paths[index], self.parts[index]
+        if path not in self.lengths:
+            frames, rate, _, _ = clip_shape(path)
+            self.lengths[path] = count_frames(frames, rate, self.rate)
+        length = self.lengths[path]
+        begin = min(length * part // self.clips_per_video, max(0, length - self.num_frames))
+        return begin, min(length, max(begin + self.num_frames, length * (part + 1) // self.clips_per_video))
+
+    def read(self, index: int, start: int, num_frames: int | None) -> Tensor:
+        return read_clip(self.paths[index], self.channels, num_frames=num_frames, start=start, fps=self.rate, size=self.size)
+
+    def remember(self, index: int, frames: Tensor) -> None:
         worker = get_worker_info()                          # worker processes share the budget
         if self.cached_bytes + frames.nbytes <= self.cache_bytes // (worker.num_workers if worker else 1):
             self.cache[index] = frames
             self.cached_bytes += frames.nbytes
-        return frames
 
-    def readable(self, index: int) -> tuple[int, Tensor]:
-        """The clip `index`, or the next one where it turns out to be damaged: (its index, its frames)."""
+    def readable(self, index: int, place: float = 0.) -> tuple[int, Tensor]:
+        """A window of the clip `index`, or of the next one where it turns out to be damaged: (its index, its frames)."""
         for candidate in (i % len(self) for i in range(index, index + len(self))):
             if candidate in self.bad:
                 continue
             try:
-                return candidate, self.frames(candidate)
+                return candidate, self.window(candidate, place)
             except (ValueError, OSError) as error:
                 if self.strict:
                     raise
@@ -151,12 +201,35 @@ class GifDataset(Dataset):
         return self.generators[key]
 
     @property
+    def fps(self) -> float:
+        """Frames per second of the clips."""
+        return self.rate or self.source.fps
+
+    @property
     def fits_in_cache(self) -> bool:
         """An estimate; where clips keep their own length, or wait whole for a window, from a few of them."""
         frames = self.num_frames
         if frames is None or self.random_window:
-            frames = median(shape[0] for shape in some_shapes(self.paths))
+            frames = self.source.shape(self.rate)[0]
+            if self.random_window and frames > LONG * self.num_frames * self.clips_per_video:
+                return False
         return len(self) * self.channels * frames * self.size[0] * self.size[1] <= self.cache_bytes
+
+
+def stand_still(clip: Tensor, num_frames: int) -> Tensor:
+    """A short clip repeats its last frame: black ones would teach the model to fade to black."""
+    missing = num_frames - clip.shape[1]
+    return clip if missing <= 0 else torch.cat([clip, clip[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+
+
+def has_cut(clip: Tensor) -> bool:
+    """Whether some frame differs from the one before far more than others do on average (bytes c f h w)."""
+    change = (clip[:, 1:].float() - clip[:, :-1].float()).abs().mean(dim=(0, 2, 3))
+    change = change[:(change > 0).sum() and change.nonzero().max() + 1]     # without the end, where a short clip stands still
+    if len(change) < 2:
+        return False
+    others = (change.sum() - change.max()) / (len(change) - 1)
+    return bool(change.max() > 15 + 4 * others)
 
 
 class ClipStream(Dataset):
@@ -198,7 +271,22 @@ def batches(dataset: GifDataset, batch_size: int, *, seed: int = 0, start: int =
         num_workers=num_workers, collate_fn=stack_clips, pin_memory=pin_memory,
         generator=torch.Generator(),                        # else it would draw from the global one, unasked
     )
-    return iter(loader)
+    return start_deaf(loader) if num_workers else iter(loader)
+
+
+def start_deaf(loader: DataLoader) -> Iterator:
+    """The loader's iterator.  Ctrl-C, the end of a batch job and a closed terminal reach all processes: the main one then
+    saves, and for that needs workers that go on.  They inherit which signals are blocked, so at no moment do they hear one."""
+    if hasattr(signal, 'pthread_sigmask'):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        iterator = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        iterator = iter(loader)
+    # At its end Python sends its children SIGTERM and waits for them, for ever: before that, ours are told in another way.
+    alive = weakref.ref(iterator)
+    atexit.register(lambda: alive() is not None and alive()._shutdown_workers())
+    return iterator
 
 
 def stack_clips(clips: list):
@@ -212,111 +300,3 @@ def seeded_generator(*key, device: torch.device | str = 'cpu') -> torch.Generato
     """The same key, the same numbers, in every process; other keys, unrelated numbers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little'))
-
-
-def resize_and_crop(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bytes (c f h w) scaled until they just cover `size`, then the middle of that."""
-    height, width = size
-    h, w = clip.shape[-2:]
-    if (h, w) != size:
-        scale = max(height / h, width / w)
-        scaled = max(height, round(h * scale)), max(width, round(w * scale))
-        frames = clip.transpose(0, 1)                       # f c h w; bytes of few channels resize fast
-        clip = F.interpolate(frames, scaled, mode='bilinear', antialias=True).transpose(0, 1)
-        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-        clip = clip[..., top:top + height, left:left + width]
-    return clip.contiguous()
-
-
-# ------------------------------------------------------------------------------------- finding files
-
-
-def find_clips(folder, exts: tuple[str, ...] = CLIPS) -> list[Path]:
-    """All files below `folder` with one of these endings, sorted."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f'there is no folder {folder}')
-    endings = {'.' + ext.lower().lstrip('.') for ext in ([exts] if isinstance(exts, str) else exts)}
-    paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in endings)
-    if not paths:
-        raise ValueError(f'no clip in {folder}: looked for files ending in {", ".join(sorted(endings))}, '
-                         'in its subfolders too')
-    return paths
-
-
-def without_damaged(paths: list[Path], strict: bool) -> list[Path]:
-    """A look at both ends of each file finds what is empty, foreign or cut off; damage inside shows later."""
-    whole, damaged = [], []
-    for path in paths:
-        try:
-            check_ends(path)
-            whole.append(path)
-        except ValueError:
-            if strict:
-                raise
-            damaged.append(str(path))
-    if not whole:
-        raise ValueError(f'none of the {len(paths)} clips can be read: {shorten(damaged)}')
-    if damaged:
-        warnings.warn(f'skipped {len(damaged)} of {len(paths)} files that cannot be read: {shorten(damaged)}')
-    return whole
-
-
-def check_ends(path: Path) -> None:
-    """Only a file without the first or last bytes of a GIF has to prove by decoding that it can be read."""
-    with open(path, 'rb') as file:
-        start = file.read(6)
-        file.seek(max(0, path.stat().st_size - 1))
-        end = file.read(1)
-    is_gif = start in (b'GIF87a', b'GIF89a')
-    if not is_gif or end != b';':
-        read_frames(path, num_frames=None if is_gif else 1)
-
-
-def shorten(names: list[str], limit: int = 10) -> str:
-    return ', '.join(names[:limit]) + (f' and {len(names) - limit} more' if len(names) > limit else '')
-
-
-def read_captions(paths: list[Path]) -> list[str] | None:
-    captions = [read_caption(path) for path in paths]
-    missing = [str(path) for path, caption in zip(paths, captions) if not caption]
-    if len(missing) == len(paths):
-        return None
-    if missing:
-        raise ValueError(f'{len(missing)} of {len(paths)} clips have no caption, {missing[0]} for one: '
-                         'give each clip a text file of its name, or none')
-    return captions
-
-
-def read_caption(clip: Path) -> str:
-    """From clip.txt beside it, or from labels/ beside its folder videos/; '' if there is none."""
-    places = [clip.with_suffix('.txt')]
-    if 'videos' in clip.parts[:-1]:
-        at = len(clip.parts) - 1 - clip.parts[::-1].index('videos')         # the innermost one
-        places.append(Path(*clip.parts[:at], 'labels', *clip.parts[at + 1:]).with_suffix('.txt'))
-    for place in filter(Path.is_file, places):
-        try:
-            return ' '.join(place.read_text(encoding='utf-8-sig').split())  # newlines fold to spaces
-        except UnicodeDecodeError:
-            raise ValueError(f'{place} is not UTF-8: save the caption as UTF-8 text') from None
-    return ''
-
-
-def clip_shape(folder, exts: tuple[str, ...] = CLIPS) -> tuple[int, int, int]:
-    """(frames, height, width) that suit a folder: the median length and the smallest size of a few clips."""
-    shapes = some_shapes(find_clips(folder, exts))
-    frames, heights, widths = zip(*shapes)
-    return int(median(frames)), min(heights), min(widths)
-
-
-def some_shapes(paths: list[Path], enough: int = 16) -> list[tuple[int, int, int]]:
-    shapes = []
-    for path in paths:
-        try:
-            shapes.append(tuple(read_frames(path, channels=1).shape[1:]))
-        except (ValueError, OSError):
-            continue                                        # GifDataset is the one that reports it
-        if len(shapes) == enough:
-            break
-    if not shapes:
-        raise ValueError(f'none of the {len(paths)} clips can be read: {shorten([str(p) for p in paths])}')
-    return shapes

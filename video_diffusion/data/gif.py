@@ -21,96 +21,136 @@ Format: https://www.w3.org/Graphics/GIF/spec-gif89a.txt
 import io
 import math
 import struct
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
-MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}           # channels -> what Pillow calls them
+from .frames import CHANNELS, Size, check_request, check_size, collect, fit, grey, naming, nearest, read_bytes
+
 GREYS = np.array([(i, i, i, 255) for i in range(256)], np.uint8).view(np.uint32)[:, 0]  # the default palette
 END, EXTENSION, IMAGE = 0x3B, 0x21, 0x2C        # the first byte of each kind of block
 GRAPHIC_CONTROL = 0xF9                          # the extension with disposal and transparency
+MAX_CANVAS = 2**23                              # pixels: those of a 4K film, and no GIF is so large
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')        # of pictures: others would let Pillow start other programs
 
 # ------------------------------------------------------------------------------------- reading
 
 
-def gif_to_tensor(path, channels: int = 3, *, num_frames: int | None = None, start: int = 0) -> Tensor:
+def gif_to_tensor(path, channels: int = 3, *, num_frames: int | None = None, start: int = 0, fps: float | None = None) -> Tensor:
     """Read a clip as floats in [0, 1], (c f h w).  What is transparent comes out black (and, with
-    four channels, with alpha 0).  `num_frames=None` reads to the end."""
-    return read_frames(path, channels, num_frames=num_frames, start=start).contiguous().float() / 255
+    four channels, with alpha 0).  `num_frames=None` reads to the end; `fps` takes the frames that show at that rate."""
+    return read_frames(path, channels, num_frames=num_frames, start=start, fps=fps).float() / 255
 
 
-def read_frames(path, channels: int = 3, *, num_frames: int | None = None, start: int = 0) -> Tensor:
-    """The same as uint8, a view of memory in the order f h w c.  Later frames are not decoded.
+def read_frames(path, channels: int = 3, *, num_frames: int | None = None, start: int = 0, fps: float | None = None,
+                size: Size | None = None) -> Tensor:
+    """The same as uint8, scaled and cut to `size` on the way if there is one.  Later frames are not decoded.
     A file that cannot be read, or was cut off before the last frame asked for, is a ValueError."""
-    check_channels(channels)
-    data = Path(path).read_bytes()
-    stop = None if num_frames is None else start + num_frames
-    stickers = gif_frames(data, channels) if data[:4] == b'GIF8' else other_frames(data, channels)
-    frames = []
+    check_request(channels, fps, start, num_frames)
+    with naming(path):
+        data = read_bytes(path)
+        timed = gif_frames(data, channels) if is_gif(data) else other_frames(data, channels, size)
+        if fps is None:
+            timed = islice(timed, start, None if num_frames is None else start + num_frames)
+        fitted = ((seconds, keep(canvas, channels, size)) for seconds, canvas in timed)
+        if fps is None:
+            return collect(path, (frame for _, frame in fitted if frame is not None), start)
+        return collect(path, nearest(fitted, fps, start, num_frames), start)
+
+
+def keep(canvas: np.ndarray | None, channels: int, size: Size | None) -> Tensor | None:
+    """A canvas as it is now (c h w)."""
+    return None if canvas is None else fit(canvas.view(np.uint8).reshape(*canvas.shape, 4)[..., :channels], size)
+
+
+def picture_shape(path) -> tuple[int, float, int, int]:
+    """(frames, frames per second, height, width), found without decoding a frame."""
+    with naming(path):
+        data = read_bytes(path)
+        if is_gif(data):
+            seconds = [block[-1] for block in image_blocks(data)]
+            if not seconds:
+                raise ValueError('there is no frame in it')
+            width, height = struct.unpack('<HH', data[6:10])
+            return len(seconds), len(seconds) / max(sum(seconds), 1e-3), height, width
+        image = open_picture(data)
+        frames = 1 if image.format == 'MPO' else getattr(image, 'n_frames', 1)
+        return frames, 1000 / (image.info.get('duration') or 100), image.height, image.width
+
+
+def is_gif(data: bytes) -> bool:
+    return data[:4] == b'GIF8'
+
+
+def gif_frames(data: bytes, channels: int) -> Iterator[tuple[float, np.ndarray | None]]:
+    """Yield when each frame shows and the canvas then: (h w), one uint32 per pixel that holds its four bytes RGBA.
+    The canvas is the same memory every time.  At last comes (end, None)."""
+    whole, now = 0, 0.
     try:
-        for frame in islice(stickers, start, stop):
-            frames.append(frame)
+        width, height, flags = struct.unpack('<HHB', data[6:11])
+        canvas = np.zeros(check_size(height, width, MAX_CANVAS), np.uint32)
+        data[13 + palette_bytes(flags)]                                     # IndexError if it is cut before
+        global_palette = read_palette(data, 13, flags, channels, default=GREYS)
+        for start, end, disposal, transparent, seconds in image_blocks(data):
+            x, y, w, h, own_flags = struct.unpack('<HHHHB', data[start:start + 9])
+            palette = read_palette(data, start + 9, own_flags, channels, default=global_palette)
+            lzw = start + 9 + palette_bytes(own_flags)
+            interlaced, code_size = bool(own_flags & 64), data[lzw]
+            sticker = Image.frombytes('L', check_size(h, w, MAX_CANVAS)[::-1], data[lzw + 1:end], 'gif', code_size, interlaced, -1)
+            indices = np.asarray(sticker)[:max(0, height - y), :max(0, width - x)]  # what lies on the canvas
+            below = canvas[y:y + h, x:x + w]
+            before = below.copy() if disposal == 3 else 0                   # what comes back, or wipes it
+            np.copyto(below, palette[indices], where=True if transparent is None else indices != transparent)
+            yield now, canvas
+            whole, now = whole + 1, now + seconds
+            if disposal in (2, 3):
+                below[:] = before
     except (IndexError, struct.error):
-        whole = start + len(frames)
-        raise ValueError(f'{path} is damaged: the file is cut off after {whole} whole frames') from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f'{path} cannot be read: {error}') from error
-    if not frames:
-        raise ValueError(f'{path} cannot be read: there is no frame number {start} in it')
-    pixels = np.stack(frames)[..., None].view(np.uint8)[..., :channels]     # f h w c
-    return rearrange(torch.from_numpy(pixels.copy()), 'f h w c -> c f h w')
+        raise ValueError(f'it is damaged, the file is cut off after {whole} whole frames') from None
+    yield now, None
 
 
-def gif_frames(data: bytes, channels: int):
-    """Yield the canvas after each frame: (h w), one uint32 per pixel that holds its four bytes RGBA."""
-    width, height, flags = struct.unpack('<HHB', data[6:11])
-    canvas = np.zeros(checked_size(height, width), np.uint32)
-    global_palette, position = read_palette(data, 13, flags, channels, default=GREYS)
-    disposal, transparent = 0, None
+def image_blocks(data: bytes) -> Iterator[tuple[int, int, int, int | None, float]]:
+    """Yield of each frame where it starts and ends, its disposal, what index is transparent, and how long it shows."""
+    position = 13 + palette_bytes(data[10])
+    nothing_said = 0, None, 0.1
+    disposal, transparent, seconds = nothing_said
     while data[position] != END:
         kind, position = data[position], position + 1
         if kind == EXTENSION:
             if data[position] == GRAPHIC_CONTROL:
-                disposal = data[position + 2] >> 2 & 7
-                transparent = data[position + 5] if data[position + 2] & 1 else None
+                flags, hundredths, index = struct.unpack('<BHB', data[position + 2:position + 6])
+                disposal, transparent = flags >> 2 & 7, index if flags & 1 else None
+                seconds = hundredths / 100 if hundredths > 1 else 0.1       # as browsers do
             position = skip_blocks(data, position + 1)
         elif kind == IMAGE:
-            x, y, w, h, flags = struct.unpack('<HHHHB', data[position:position + 9])
-            palette, lzw = read_palette(data, position + 9, flags, channels, default=global_palette)
-            position = skip_blocks(data, lzw + 1)
-            interlaced, code_size = bool(flags & 64), data[lzw]
-            sticker = Image.frombytes('L', checked_size(h, w)[::-1], data[lzw + 1:position],
-                                      'gif', code_size, interlaced, -1)
-            indices = np.asarray(sticker)[:max(0, height - y), :max(0, width - x)]  # what lies on the canvas
-            below = canvas[y:y + h, x:x + w]
-            before = below.copy()                                           # what disposal 3 brings back
-            np.copyto(below, palette[indices], where=True if transparent is None else indices != transparent)
-            yield canvas.copy()
-            if disposal in (2, 3):
-                below[:] = before if disposal == 3 else 0
-            disposal, transparent = 0, None                                 # they hold for one frame only
+            start = position
+            position = skip_blocks(data, start + 10 + palette_bytes(data[start + 8]))
+            yield start, position, disposal, transparent, seconds
+            disposal, transparent, seconds = nothing_said                   # it held for one frame only
         elif kind != 0:                                                     # stray zeros do no harm
             raise ValueError(f'unknown block 0x{kind:02x} at byte {position - 1}')
 
 
-def read_palette(data: bytes, position: int, flags: int, channels: int, default: np.ndarray):
-    """Flag bits say if colours follow, and how many: (256 colours as uint32, position after them)."""
+def palette_bytes(flags: int) -> int:
+    """Flag bits say if colours follow, and how many."""
+    return 3 * (2 << (flags & 7)) if flags & 128 else 0
+
+
+def read_palette(data: bytes, position: int, flags: int, channels: int, default: np.ndarray) -> np.ndarray:
+    """256 colours, as uint32."""
     if not flags & 128:
-        return default, position
-    end = position + 3 * (2 << (flags & 7))
-    data[end]                                                               # IndexError if it is cut here
-    rgb = np.frombuffer(data[position:end], np.uint8).reshape(-1, 3)
-    if channels == 1:                                                       # grey, weighed as Pillow does
-        rgb = (rgb @ np.array([19595, 38470, 7471], np.uint32) + 0x8000 >> 16)[:, None]
+        return default
+    rgb = np.frombuffer(data[position:position + palette_bytes(flags)], np.uint8).reshape(-1, 3)
     rgba = np.zeros((256, 4), np.uint8)
-    rgba[:len(rgb), :3], rgba[:, 3] = rgb, 255
-    return rgba.view(np.uint32)[:, 0], end
+    rgba[:len(rgb), :3], rgba[:, 3] = grey(rgb) if channels == 1 else rgb, 255
+    return rgba.view(np.uint32)[:, 0]
 
 
 def skip_blocks(data: bytes, position: int) -> int:
@@ -120,35 +160,35 @@ def skip_blocks(data: bytes, position: int) -> int:
     return position + 1
 
 
-def other_frames(data: bytes, channels: int):
-    """The same for whatever else Pillow opens: WebP, APNG, or a still picture as a clip of one frame."""
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise ValueError('it is not a picture that Pillow knows' if data else 'it is empty') from None
-    for frame in ImageSequence.Iterator(image):
-        rgba = frame.convert('RGBA')
+def other_frames(data: bytes, channels: int, size: Size | None) -> Iterator[tuple[float, np.ndarray | None]]:
+    """The same for other pictures: WebP, APNG, or a still one as a clip of one frame."""
+    image, now, shrink = open_picture(data), 0., 1
+    if size is not None:                                                    # large photos: fast and roughly to twice the size
+        image.draft(None, (2 * size[1], 2 * size[0]))                       # a JPEG can be decoded smaller than it is
+        shrink = max(1, min(image.height // (2 * size[0]), image.width // (2 * size[1])))
+    check_size(image.height, image.width)
+    # A JPEG with more than one picture is not a film: phones put a small copy behind the large one.
+    for frame in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
+        rgba = (frame if frame.mode == 'RGBA' else frame.convert('RGBA')).reduce(shrink)
         on_black = Image.composite(rgba, Image.new('RGBA', rgba.size), rgba.getchannel('A'))
         if channels == 1:
             on_black = on_black.convert('L').convert('RGBA')
-        yield np.asarray(on_black).view(np.uint32)[..., 0]
+        yield now, np.asarray(on_black).view(np.uint32)[..., 0]
+        now += (frame.info.get('duration') or 100) / 1000
+    yield now, None
 
 
-def checked_size(height: int, width: int) -> tuple[int, int]:
-    if not 0 < height * width <= Image.MAX_IMAGE_PIXELS:            # damage must not fill the memory
-        raise ValueError(f'it claims {width} x {height} pixels')
-    return height, width
-
-
-def check_channels(channels: int) -> None:
-    if channels not in MODES:
-        raise ValueError(f'channels={channels}: give 1 (grey), 3 (RGB) or 4 (RGBA)')
+def open_picture(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f'it is not a picture: GIF, {", ".join(FORMATS)}' if data else 'it is empty') from None
 
 
 # ------------------------------------------------------------------------------------- writing
 
 
-def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True):
+def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True) -> list[Image.Image]:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, and return its frames as PIL images.
 
     Values are clamped to [0, 1].  `duration` is how long a frame shows, in milliseconds (GIF counts
@@ -157,17 +197,27 @@ def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0
     With four channels a pixel is either opaque or (alpha below one half) transparent.
     `optimize` leaves out the pixels that a frame shares with the one before: a smaller file that
     looks the same."""
-    video = tile(tensor) if tensor.ndim == 5 else tensor
-    check_video(video, expected='(c, f, h, w) or (b, c, f, h, w)')
-    video = (video.detach().float().clamp(0, 1) * 255).round().byte().cpu()
-    pixels = rearrange(video, 'c f h w -> f h w c').numpy()
-    opaque = pixels[..., 3] >= 128 if pixels.shape[-1] == 4 else np.ones(pixels.shape[:3], bool)
-    indices, palette = share_palette(pixels, opaque)                        # f h w, at most 256 x 3
+    pictures = list(frames_to_write(tensor))
     if not (0 <= duration < 655355 and 0 <= loop < 65536):
         raise ValueError(f'duration={duration}, loop={loop}: a GIF counts up to 655350 ms and 65535 loops')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(encode(indices, palette, opaque, round(duration / 10), loop, optimize))
-    return [Image.fromarray(frame.squeeze(-1) if len(video) == 1 else frame) for frame in pixels]
+    with open(path, 'wb') as file:
+        file.writelines(encode(pictures, round(duration / 10), loop, optimize))
+    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pictures]
+
+
+def frames_to_write(tensor: Tensor) -> Iterator[np.ndarray]:
+    """The pictures (h w c) of a clip, or of the grid of a batch, as bytes; one after the other, for floats of all would be much."""
+    video = tensor if tensor.ndim == 5 else tensor[None]
+    if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
+        raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), 1, 3 or 4 channels')
+    if not video.is_floating_point():
+        raise ValueError(f'a video of {video.dtype}: expected floats in [0, 1] (divide bytes by 255)')
+    frames = video.detach().split(1, dim=2)                                 # b c 1 h w, each
+    if any(frame.isnan().any() for frame in frames):
+        raise ValueError('the video has NaN in it: look for the step that made them before saving it')
+    whole = ((tile(frame) if tensor.ndim == 5 else frame[0]).float().clamp(0, 1) for frame in frames)
+    return (rearrange((frame * 255).round().byte().cpu(), 'c 1 h w -> h w c').numpy() for frame in whole)
 
 
 def tile(videos: Tensor) -> Tensor:
@@ -181,52 +231,58 @@ def tile(videos: Tensor) -> Tensor:
     return rearrange(videos, '(rows columns) c f h w -> c f (rows h) (columns w)', rows=rows)
 
 
-def check_video(video: Tensor, expected: str) -> None:
-    if video.ndim != 4 or len(video) not in MODES or 0 in video.shape:
-        raise ValueError(f'a video of shape {tuple(video.shape)}: expected {expected}, 1, 3 or 4 channels')
-    if not video.is_floating_point():
-        raise ValueError(f'a video of {video.dtype}: expected floats in [0, 1] (divide bytes by 255)')
-    if video.isnan().any():
-        raise ValueError('the video has NaN in it: look for the step that made them before saving it')
-
-
-def share_palette(pixels: np.ndarray, opaque: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One palette for all frames, so that a colour never flickers: (indices f h w, colours n 3)."""
-    packed = np.zeros((*opaque.shape, 4), np.uint8)                         # the fourth byte stays 0
-    seen = pixels[opaque][:, :3]
-    packed[..., :3] = seen[:1].max(axis=0, initial=0)                       # holes must not add a colour
-    packed[opaque, :3] = seen                                               # one channel spreads to three
-    film = Image.fromarray(rearrange(packed, 'f h w c -> (f h) w c'))       # the frames in one tall picture
-    limit = 256 if opaque.all() else 255                                    # one index is for "transparent"
-    if film.getcolors(limit) is not None:                                   # few colours: keep each as it is
-        colours, indices = np.unique(packed.view(np.uint32), return_inverse=True)
-        return indices.reshape(opaque.shape), colours.view(np.uint8).reshape(-1, 4)[:, :3]
-    rgb = packed.reshape(1, -1, 4)[..., :3]
-    some = np.ascontiguousarray(rgb[:, ::rgb.shape[1] // 2**14 | 1])        # the choice takes long; 16,384 do
-    chosen = Image.fromarray(some).quantize(255, Image.Quantize.MEDIANCUT)
-    indices = film.convert('RGB').quantize(palette=chosen, dither=Image.Dither.NONE)
-    return np.asarray(indices).reshape(opaque.shape), np.array(chosen.getpalette(), np.uint8).reshape(-1, 3)
-
-
-def encode(indices, palette, opaque, hundredths: int, loop: int, optimize: bool) -> bytes:
-    """The bytes of a GIF.  Pillow would do it, but joins equal frames: here every frame gets its block."""
-    height, width = indices.shape[1:]
-    keep, wipe = 1, 2
-    clear = len(palette) if len(palette) < 256 else None                    # the index that changes nothing
-    if not opaque.all():
-        indices, disposal = np.where(opaque, indices, clear), wipe          # else old pixels show through
+def share_palette(pictures: list[np.ndarray], limit: int) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """One palette for all frames, so that a colour never flickers: (colours n 3, what makes indices h w of a picture)."""
+    opaque = (picture[is_opaque(picture)][:1, :3] for picture in pictures)
+    filler = next((colour for colour in opaque if len(colour)), 0)          # holes must not add a colour
+    colours = np.zeros(0, np.uint32)
+    for picture in pictures:
+        if Image.fromarray(packed(picture, filler)).getcolors(limit) is None or len(colours) > limit:
+            break
+        colours = np.union1d(colours, packed(picture, filler).view(np.uint32))
     else:
-        disposal = keep
-        if optimize and clear is not None:
-            same = indices[1:] == indices[:-1]
-            indices = np.concatenate([indices[:1], np.where(same, clear, indices[1:])])
+        if len(colours) <= limit:                                           # few colours: keep each as it is
+            return (colours.view(np.uint8).reshape(-1, 4)[:, :3],
+                    lambda picture: np.searchsorted(colours, packed(picture, filler).view(np.uint32)[..., 0]))
+    area = pictures[0].shape[0] * pictures[0].shape[1]
+    stride = len(pictures) * area // 2**14 | 1                              # the choice takes long; 16,384 pixels do
+    some = [packed(picture, filler).reshape(-1, 4)[-number * area % stride::stride, :3] for number, picture in enumerate(pictures)]
+    chosen = Image.fromarray(np.concatenate(some)[None]).quantize(255, Image.Quantize.MEDIANCUT)
+    return (np.array(chosen.getpalette(), np.uint8).reshape(-1, 3),
+            lambda picture: np.asarray(Image.fromarray(packed(picture, filler)).convert('RGB').quantize(
+                palette=chosen, dither=Image.Dither.NONE)))
+
+
+def is_opaque(picture: np.ndarray) -> np.ndarray:
+    return picture[..., 3] >= 128 if picture.shape[-1] == 4 else np.ones(picture.shape[:2], bool)
+
+
+def packed(picture: np.ndarray, filler) -> np.ndarray:
+    """Three colours and a zero (h w 4), where the picture has a hole the filler."""
+    colours = np.zeros((*picture.shape[:2], 4), np.uint8)
+    colours[..., :3] = np.where(is_opaque(picture)[..., None], picture[..., :3], filler)     # one channel spreads to three
+    return colours
+
+
+def encode(pictures: list[np.ndarray], hundredths: int, loop: int, optimize: bool) -> Iterator[bytes]:
+    """The bytes of a GIF.  Pillow would do it, but joins equal frames: here every frame gets its block."""
+    height, width = pictures[0].shape[:2]
+    has_holes = not all(is_opaque(picture).all() for picture in pictures)
+    palette, indices_of = share_palette(pictures, limit=255 if has_holes else 256)   # one index is for "transparent"
+    keep, wipe = 1, 2
+    disposal = wipe if has_holes else keep                                  # else old pixels show through
+    clear = len(palette) if len(palette) < 256 else None                    # the index that changes nothing
     bits = max(1, (len(palette) + (clear is not None) - 1).bit_length())
-    table = palette.tobytes().ljust(3 << bits, b'\0')
-    out = [b'GIF89a', struct.pack('<HHBBB', width, height, 0x80 | bits - 1, 0, 0), table,
-           b'!\xff\x0bNETSCAPE2.0\x03\x01', struct.pack('<HB', loop, 0)]
-    for frame in indices.astype(np.uint8):
+    yield b'GIF89a' + struct.pack('<HHBBB', width, height, 0x80 | bits - 1, 0, 0) + palette.tobytes().ljust(3 << bits, b'\0')
+    yield b'!\xff\x0bNETSCAPE2.0\x03\x01' + struct.pack('<HB', loop, 0)
+    before = None
+    for picture in pictures:
+        indices = indices_of(picture)
+        unchanged = indices == before if optimize and before is not None and clear is not None else False
+        before = None if has_holes else indices
+        shown = np.where(unchanged | ~is_opaque(picture), 0 if clear is None else clear, indices).astype(np.uint8)
         control = disposal << 2 | (clear is not None)
-        out += [struct.pack('<BBBBHBB', EXTENSION, GRAPHIC_CONTROL, 4, control, hundredths, clear or 0, 0),
-                struct.pack('<BHHHHB', IMAGE, 0, 0, width, height, 0),
-                b'\x08', Image.fromarray(frame).tobytes('gif', 'L', 8, 0), b'\0']
-    return b''.join(out) + bytes([END])
+        yield struct.pack('<BBBBHBB', EXTENSION, GRAPHIC_CONTROL, 4, control, hundredths, clear or 0, 0)
+        yield struct.pack('<BHHHHB', IMAGE, 0, 0, width, height, 0)
+        yield b'\x08' + Image.fromarray(shown).tobytes('gif', 'L', 8, 0) + b'\0'
+    yield bytes([END])

@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..checks import whole
 from .gif import video_tensor_to_gif
 
 BACKGROUND = (0.08, 0.08, 0.10)
@@ -67,12 +68,9 @@ def captions() -> list[str]:
 
 def make_shapes(folder, count: int, image_size: int = 32, num_frames: int = 8, seed: int = 0) -> Path:
     """Write `count` random clips as `00000.gif`, ... and their captions as `00000.txt`, ... beside them."""
-    if count < 1:
-        raise ValueError(f'count={count}: there is nothing to draw; ask for 1 clip or more')
-    folder = Path(folder)
+    whole('count', count, 1)
+    folder, clip_seeds = Path(folder), random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    clip_seeds = random.Random(seed)
-
     for index in range(count):
         video, caption = random_clip(clip_seeds.getrandbits(48), image_size, num_frames)
         video_tensor_to_gif(video, folder / f'{index:05d}.gif')

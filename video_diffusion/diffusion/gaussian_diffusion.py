@@ -14,25 +14,24 @@ where one becomes the other. With `latents=True` the "videos" are a VAE's latent
 no bounds: they pass as they are, and nothing is clipped.
 """
 
-import math
-from functools import partial
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
+from ..checks import number, one_of, video_shape, whole
+from ..networks import network_config, network_from_config, same_network
 from ..networks.text import BertEncoder, text_encoder_from_config
-from ..networks.unet3d import Unet3D
 from . import guidance, known_frames, samplers
-from .noise_schedule import OBJECTIVES, SCHEDULES, build_schedule, min_snr_weight, posterior, target, to_x0
+from .ddpm_terms import DDPMTerms
+from .noise_schedule import build_schedule
+from .objective import LOSSES, check_objective, min_snr_weight, target, to_x0
+from .sampling import Request, Sampling, draw
 
-LOSSES = {'l1': F.l1_loss, 'l2': F.mse_loss}
 
-
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(DDPMTerms, nn.Module):
     def __init__(
         self,
         denoise_fn: nn.Module,                    # the network: Unet3D, or anything that is called like it
@@ -55,52 +54,35 @@ class GaussianDiffusion(nn.Module):
         prob_cond_frames: float = 0.,             # share of clips trained with known frames; see known_frames.py
         latents: bool = False,                    # videos are latents: centred on 0 and unbounded, not in [0, 1]
     ):
-        super().__init__()
-        one_of('loss_type', loss_type, LOSSES)
-        one_of('objective', objective, OBJECTIVES)
-        one_of('schedule', schedule, SCHEDULES)
-        if zero_snr and objective == 'noise':
-            raise ValueError("zero_snr=True with objective='noise': at the last step alpha is 0, so the network would be asked "
-                             "for the very noise it is shown, which says nothing about the clip. Give objective='v' or 'x0'")
-        if min_snr_gamma is not None and (loss_type != 'l2' or not min_snr_gamma > 0):
-            raise ValueError(f"min_snr_gamma={min_snr_gamma} with loss_type={loss_type!r}: give a positive number (5 is usual) "
-                             "and loss_type='l2', for it weighs squared errors")
-        if text_use_bert_cls and (text_encoder is not None or not getattr(denoise_fn, 'use_bert_text_cond', False)):
-            raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
-        if prob_cond_frames and not getattr(denoise_fn, 'cond_frames', False):
-            raise ValueError(f'prob_cond_frames={prob_cond_frames} needs a network that sees known frames: '
-                             'Unet3D(..., cond_frames=True)')
+        for name, value in dict(num_frames=num_frames, channels=channels).items():
+            whole(name, value, 1)
+        for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():
+            number(name, value, 0, 1)
+        number('offset_noise', offset_noise, 0)
+        check_parts(denoise_fn, text_encoder, text_use_bert_cls, prob_cond_frames)
         if latents and use_dynamic_thres:
             raise ValueError('use_dynamic_thres=True clips pixels, but with latents=True there are none: leave it out')
+        super().__init__()
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
         self.bert = None
         self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.num_frames = num_frames
-        self.channels = channels
-        self.num_timesteps = timesteps
-        self.loss_type = loss_type
-        self.schedule_shift = schedule_shift
-        self.objective = objective
-        self.text_use_bert_cls = text_use_bert_cls
-        self.use_dynamic_thres = use_dynamic_thres
-        self.dynamic_thres_percentile = dynamic_thres_percentile
-        self.schedule = schedule
-        self.zero_snr = zero_snr
-        self.min_snr_gamma = min_snr_gamma
-        self.offset_noise = offset_noise
-        self.prob_cond_frames = prob_cond_frames
-        self.latents = latents
+        whole('image_size', min(self.height, self.width), 1)
+        self.num_frames, self.channels, self.num_timesteps = num_frames, channels, timesteps
+        self.loss_type, self.objective, self.latents = loss_type, objective, latents
+        self.schedule, self.schedule_shift, self.zero_snr, self.min_snr_gamma = schedule, schedule_shift, zero_snr, min_snr_gamma
+        self.use_dynamic_thres, self.dynamic_thres_percentile = use_dynamic_thres, dynamic_thres_percentile
+        self.text_use_bert_cls, self.offset_noise, self.prob_cond_frames = text_use_bert_cls, offset_noise, prob_cond_frames
 
-        # Samplers take their numbers from the float64 table; training, where every sample has its own t, from
-        # these two. Each is rounded to float32 only once, so sigma is right even where alpha is nearly 1.
+        # Samplers take their numbers from the float64 table; training, where every sample has its own t, from these two, each
+        # rounded to float32 only once, so that sigma is right even where alpha is nearly 1.
         self.alpha_bar = build_schedule(schedule, timesteps, schedule_shift, zero_snr)  # stays on the CPU
+        check_objective(objective, loss_type, self.alpha_bar, min_snr_gamma=min_snr_gamma, latents=latents)
         self.register_buffer('alpha', self.alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer('sigma', (1 - self.alpha_bar).sqrt().float(), persistent=False)
         if min_snr_gamma is not None:
-            weight = min_snr_weight(objective, self.alpha_bar, min_snr_gamma)
-            self.register_buffer('loss_weight', weight.float(), persistent=False)
+            self.register_buffer('loss_weight', min_snr_weight(objective, self.alpha_bar, min_snr_gamma).float(), persistent=False)
 
     # Training
 
@@ -120,11 +102,10 @@ class GaussianDiffusion(nn.Module):
         reduction: str = 'mean',
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
-        one_of('reduction', reduction, ('mean', 'none'))
         self.check(video)
+        if known_mask is not None and not self.prob_cond_frames:
+            raise ValueError('known_mask was given, but the network is never told frames: prob_cond_frames is 0')
         x0 = self.to_network(video)
-        if noise is None:
-            noise = self.draw_noise(x0.shape, x0.device)
         if t is None:
             t = torch.randint(0, self.num_timesteps, (len(x0),), device=x0.device)
         told = {}
@@ -132,12 +113,20 @@ class GaussianDiffusion(nn.Module):
             if known_mask is None:
                 known_mask = self.draw_known(len(x0), x0.device)
             told = dict(known=x0 if known is None else self.to_network(known), known_mask=known_mask)
-        alpha, sigma = self.alpha_sigma(t)
-        output = self.denoise_fn(
-            self.q_sample(x0, t, noise), t, cond=self.embed(cond), null_cond_prob=null_cond_prob, **told,
-            null_cond_mask=null_cond_mask, prob_focus_present=prob_focus_present, focus_present_mask=focus_present_mask)
-        loss = LOSSES[self.loss_type](output, target(self.objective, x0, noise, alpha, sigma), reduction='none')
-        loss = loss.mean(dim=(1, 2, 3, 4))  # (b)
+        return self.p_losses(
+            x0, t, cond, noise, reduction=reduction, null_cond_prob=null_cond_prob, null_cond_mask=null_cond_mask,
+            prob_focus_present=prob_focus_present, focus_present_mask=focus_present_mask, **told)
+
+    def p_losses(
+        self, x_start: Tensor, t: Tensor, cond: Tensor | Sequence[str] | None = None, noise: Tensor | None = None,
+        *, reduction: str = 'mean', **network,
+    ) -> Tensor:
+        """The loss of x_start (b c f h w) in [-1, 1] at steps t (b); `network` are further arguments of the network."""
+        one_of('reduction', reduction, ('mean', 'none'))
+        noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
+        output = self.denoise_fn(self.q_sample(x_start, t, noise), t, cond=self.embed(cond), **network)
+        wanted = target(self.objective, x_start, noise, *self.alpha_sigma(t))
+        loss = LOSSES[self.loss_type](output, wanted, reduction='none').mean(dim=(1, 2, 3, 4))  # (b)
         if self.min_snr_gamma is not None:
             loss = loss * self.loss_weight[t]
         return loss.mean() if reduction == 'mean' else loss
@@ -162,14 +151,9 @@ class GaussianDiffusion(nn.Module):
         end_too = 0. if self.latents else 0.5
         return known_frames.draw_mask(count, self.num_frames, self.prob_cond_frames, device, generator, end_too)
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_start (b c f h w) in [-1, 1] with the noise of step t (b)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        alpha, sigma = self.alpha_sigma(t)
-        return alpha * x_start + sigma * noise
-
     # Sampling
 
+    @torch.inference_mode(False)                      # 'guide' needs gradients, which a caller's inference mode would forbid
     @torch.no_grad()
     def sample(
         self,
@@ -177,64 +161,41 @@ class GaussianDiffusion(nn.Module):
         cond_scale: float = 1.,                       # guidance: 1 follows cond as trained, more exaggerates it
         batch_size: int = 16,                         # only where cond does not say
         *,
-        sampler: str = 'ddpm',                        # 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m_sde'; see samplers.py
-        steps: int | None = None,                     # None: every step the model was trained with
         seed: int | None = None,
         progress: bool = True,
-        spacing: str = 'trailing',                    # 'trailing', 'leading' or 'linspace'
-        eta: float = 0.,                              # of 'ddim' only: the share of noise that is fresh
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
         negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
-        guidance_rescale: float = 0.,                 # these two are for large scales: see guidance.py
-        dynamic_guidance: float | None = None,        # exponent of a scale that grows during sampling
         return_all: bool = False,
         first_frames: Tensor | None = None,           # (b c k h w): how the videos begin; one is enough for all. Or:
         known: Tensor | None = None,                  # (b c f h w): videos of which some frames are known,
         known_mask: Tensor | None = None,             # (f) or (b f) bool: and which
-        known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
-        frame_guidance: float = 5.,                   # weight of 'guide'
+        **settings,                                   # sampler='ddim', steps=20, ...: the fields of Sampling, see sampling.py
     ) -> Tensor:
         """Videos (b c f h w) in [0, 1], drawn from noise; with `return_all` the whole way to them (steps + 1, b c f h w)."""
-        one_of('sampler', sampler, samplers.SAMPLERS)
-        if eta and sampler != 'ddim':
-            raise ValueError(f"eta={eta} says how much of DDIM's noise is fresh: it means nothing to sampler={sampler!r}")
-        if (negative is not None or guidance_rescale or dynamic_guidance is not None) and (cond is None or cond_scale == 1):
-            raise ValueError('negative, guidance_rescale and dynamic_guidance need guidance: give cond and a cond_scale '
-                             f'above 1 (it is {cond_scale})')
-        steps = samplers.spaced_steps(self.num_timesteps, steps, spacing)
-        cond = self.embed(cond)
-        batch_size = batch_size if cond is None else len(cond)
-        generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
-        if noise is None:
-            noise = torch.randn((batch_size, self.channels, self.num_frames, self.height, self.width),
-                                generator=generator, device=self.alpha.device)
-        self.check(noise)
-        if cond is not None and len(noise) != len(cond):
-            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
-        negative = guidance.for_batch(self.embed(negative), cond)
+        settings = Sampling(cond_scale=cond_scale, **settings)
+        known_frames.check_given(first_frames, known, known_mask)
         if first_frames is not None:
             known, known_mask = known_frames.beginning(first_frames, self.num_frames)
+        settings.check(self.num_timesteps, has_cond=cond is not None, negative=negative is not None, has_known=known is not None)
+        cond = self.embed(cond)
+        generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
+        noise = self.first_noise(noise, batch_size if cond is None else len(cond), generator)
+        if cond is not None and len(noise) != len(cond):
+            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
+        request = Request(cond, guidance.for_batch(self.embed(negative), cond), way=[] if return_all else None)
         if known is not None:
             self.check(known)
-            known, known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
-            known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
-            one_of('known_by', known_by, known_frames.WAYS)
-        denoise = self.denoiser(
-            cond, cond_scale, negative=negative, rescale=guidance_rescale, exponent=dynamic_guidance,
-            known=(known, known_mask) if known_by == 'network' else None)
-        if known is not None:
-            if known_by == 'guide':
-                denoise = known_frames.guided(denoise, known, known_mask, self.alpha, frame_guidance,
-                                               limit=math.inf if self.latents else 1.)
-            if not (self.latents and known_by == 'network'):  # what it is told of latents is only about right
-                denoise = known_frames.replaced(denoise, known, known_mask)
-        way = []
-        if return_all:
-            denoise = samplers.recorded(denoise, way)
-        sampler = partial(samplers.ddim, eta=eta) if eta else samplers.SAMPLERS[sampler]
-        x = sampler(denoise, noise, self.alpha_bar, steps, generator=generator, progress=progress)
-        x = torch.stack([*way, x]) if return_all else x
-        return self.to_user(x)
+            request.known, request.known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
+        x = draw(self, noise, request, settings, generator=generator, progress=progress)
+        return self.to_user(torch.stack([*request.way, x]) if return_all else x)
+
+    def first_noise(self, noise: Tensor | None, batch_size: int, generator: torch.Generator | None) -> Tensor:
+        whole('batch_size', batch_size, 1)
+        if noise is None:
+            shape = batch_size, self.channels, self.num_frames, self.height, self.width
+            return torch.randn(shape, generator=generator, device=self.alpha.device)
+        self.check(noise)
+        return noise
 
     def sample_long(
         self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
@@ -242,13 +203,15 @@ class GaussianDiffusion(nn.Module):
         overlap: int | None = None,                   # frames that a window shares with the one before; None: half of them
         later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
         first_frames: Tensor | None = None,
+        negative: Tensor | Sequence[str] | None = None,
         seed: int | None = None,
-        **sampling,                                   # as in sample
+        progress: bool = True,
+        **settings,                                   # as in sample
     ) -> Tensor:
         """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
         return known_frames.window_by_window(
-            partial(self.sample, **sampling), self.num_frames, num_frames, cond, cond_scale, batch_size, overlap=overlap,
-            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
+            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
+            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
 
     @torch.no_grad()
     def ddim_invert(
@@ -282,17 +245,13 @@ class GaussianDiffusion(nn.Module):
         return self.to_user(x)
 
     def denoiser(
-        self, cond: Tensor | None = None, cond_scale: float = 1.,
-        *, negative: Tensor | None = None, rescale: float = 0., exponent: float | None = None,
-        known: tuple[Tensor, Tensor] | None = None,
+        self, cond: Tensor | None = None, scale_at: Callable[[int], float] = lambda t: 1.,
+        *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
     ) -> samplers.Denoiser:
-        """The function samplers ask: noisy video at step t -> clean video."""
+        """The function samplers ask: noisy video at step t -> clean video. `scale_at`: the scale of the guidance there."""
         def denoise(x, t):
-            scale = cond_scale
-            if exponent is not None:
-                scale = guidance.dynamic_scale(cond_scale, 1 - (t + 1) / self.num_timesteps, exponent)
-            t = torch.full((len(x),), t, device=x.device)
-            return self.predict_x0(x, t, cond, scale, negative=negative, rescale=rescale, known=known)
+            times = torch.full((len(x),), t, device=x.device)
+            return self.predict_x0(x, times, cond, scale_at(t), negative=negative, rescale=rescale, known=known)
         return denoise
 
     def predict_x0(
@@ -305,29 +264,6 @@ class GaussianDiffusion(nn.Module):
             return x0
         return guidance.clip(x0, self.dynamic_thres_percentile if self.use_dynamic_thres else None)
 
-    # The reverse process in the terms of the DDPM paper, for a batch with steps of its own
-
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q(x_{t-1} | x_t, x_0): mean, variance and log-variance, which is clipped where the variance is 0, at t = 0."""
-        alpha_bar = self.alpha_bar.to(t.device)
-        previous = torch.where(t > 0, alpha_bar[(t - 1).clamp(min=0)], 1.)
-        a, b, variance = (self.per_sample(c).to(x_t.dtype) for c in posterior(alpha_bar[t], previous))
-        return a * x_start + b * x_t, variance, variance.clamp(min=1e-20).log()
-
-    def p_mean_variance(
-        self, x: Tensor, t: Tensor, clip_denoised: bool = True, cond: Tensor | None = None, cond_scale: float = 1.,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """p(x_{t-1} | x_t): the posterior at the network's idea of x_0."""
-        return self.q_posterior(self.predict_x0(x, t, cond, cond_scale, clip_denoised), x, t)
-
-    @torch.no_grad()
-    def p_sample(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
-    ) -> Tensor:
-        """One step of ancestral sampling, x_t -> x_{t-1}."""
-        mean, variance, _ = self.p_mean_variance(x, t, clip_denoised, cond, cond_scale)
-        return mean + variance.sqrt() * torch.randn_like(x)
-
     # Building it again from a checkpoint
 
     def config(self) -> dict:
@@ -337,39 +273,37 @@ class GaussianDiffusion(nn.Module):
                'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames', 'latents')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
-            'unet': getattr(self.denoise_fn, 'config', None),
+            **network_config(self.denoise_fn),
             'text_encoder': self.text_encoder.config() if self.text_encoder is not None else None,
         }
 
     @classmethod
-    def from_config(cls, config: dict) -> 'GaussianDiffusion':
-        if config['unet'] is None:
-            raise ValueError('the checkpoint holds a network of your own: build it yourself and load its weights')
+    def from_config(cls, config: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
+        if 'lora' in config:
+            raise ValueError('the checkpoint holds adapters and not the model that they were trained beside: build that, and give '
+                             'them to it with load_lora')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
-        return cls(Unet3D(**config['unet']), timesteps=own.pop('num_timesteps'), **own,
-                   text_encoder=text_encoder_from_config(encoder) if encoder else None)
+        return cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
+                   text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
 
     @classmethod
-    def from_state(cls, state: dict) -> 'GaussianDiffusion':
-        """The trained model, with its averaged weights, from what a Trainer saved."""
+    def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
         if 'latent' in state['config']:
             raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.diffusion_from_state')
-        diffusion = cls.from_config(state['config'])
-        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
-        return diffusion
+        return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> 'GaussianDiffusion':
+    def from_checkpoint(cls, path: str | Path, text_encoder: str | None = None) -> 'GaussianDiffusion':
         """The same from a checkpoint file, or from the newest one of a results folder."""
-        return cls.from_state(checkpoint.load_run(path))
+        return cls.from_state(checkpoint.load_run(path), text_encoder)
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings. Those that it is too old to know had their defaults."""
         mine = self.config()
-        return mine['text_encoder'] == config['text_encoder'] and all(
-            checkpoint.same_settings(mine[part], config[part], constructor)
-            for part, constructor in (('diffusion', GaussianDiffusion), ('unet', Unet3D)))
+        return (mine['text_encoder'] == config['text_encoder'] and same_network(mine, config)
+                and checkpoint.same_settings(mine['diffusion'], config['diffusion'], GaussianDiffusion))
 
     # Helpers
 
@@ -399,21 +333,13 @@ class GaussianDiffusion(nn.Module):
         """[-1, 1] -> [0, 1]"""
         return x if self.latents else ((x + 1) / 2).clamp(0, 1)
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.per_sample(self.alpha[t]), self.per_sample(self.sigma[t])
-
-    @staticmethod
-    def per_sample(values: Tensor) -> Tensor:
-        """(b) -> (b 1 1 1 1), to multiply videos with."""
-        return values.view(-1, 1, 1, 1, 1)
-
     def check(self, video: Tensor) -> None:
-        expected = (self.channels, self.num_frames, self.height, self.width)
-        if video.ndim != 5 or video.shape[1:] != expected:
-            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
-                             'that is (batch, channels, num_frames, height, width)')
+        video_shape(video, self.channels, self.num_frames, self.height, self.width)
 
 
-def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
+def check_parts(network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float) -> None:
+    if use_bert_cls and (text_encoder is not None or not getattr(network, 'use_bert_text_cond', False)):
+        raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
+    if prob_cond_frames and not getattr(network, 'cond_frames', False):
+        raise ValueError(f'prob_cond_frames={prob_cond_frames} needs a network that sees known frames: '
+                         'Unet3D(..., cond_frames=True)')

@@ -69,6 +69,13 @@ def dynamic_scale(scale: float, progress: float, exponent: float) -> float:
     return 1 + scale * (1 - math.cos(math.pi * progress ** exponent)) / 2
 
 
+def wave_scale(scale: float, t: int, steps: int) -> float:
+    """What CogVideoX's own code and diffusers really do, and did for the authors' videos: as progress they take (steps - t) /
+    steps, where t counts not the sampler's steps, but the 1000 of training. That is far below 0, its fifth power goes to
+    millions, and the cosine jumps about from step to step, and the scale between 1 and 1 + scale."""
+    return dynamic_scale(scale, (steps - t) / steps, 5)
+
+
 def clip(x0: Tensor, percentile: float | None = None) -> Tensor:
     """Back into [-1, 1].
 

@@ -23,11 +23,12 @@ learn from it:
 The first two work with any trained model. Videos here are (b c f h w) in [-1, 1], masks (b f) bool.
 """
 
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 from torch import Tensor
 
+from ..checks import number
 from .samplers import Denoiser
 
 WAYS = ('network', 'guide', 'replace')
@@ -87,24 +88,39 @@ def draw_mask(
     """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well."""
     where = dict(device=device, generator=generator)
     frame = torch.arange(frames, device=device)
-    length = torch.randint(1, max(2, frames - 1), (count, 1), **where)
+    length = torch.randint(1, max(2, frames), (count, 1), **where)           # all but one at the most
     any_known, end = (torch.rand((count, 1), **where) < share for share in (prob, end_too))
+    end = end & (length < frames - 1)                                        # something is left to invent
     return any_known & ((frame < length) | (end & (frame == frames - 1)))
 
 
+def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None) -> None:
+    """Known frames come in one of two ways, whole."""
+    if first_frames is not None and (known is not None or mask is not None):
+        raise ValueError('first_frames says all about the known frames: leave known and known_mask out, or give only them')
+    if (known is None) != (mask is None):
+        raise ValueError('known and known_mask belong together: give the videos and which of their frames are known')
+
+
 def window_by_window(
-    sample: Callable[..., Tensor], window: int, num_frames: int, cond: Tensor | Sequence[str] | None, cond_scale: float,
-    batch_size: int, *, overlap: int | None, later_cond_scale: float | None, first_frames: Tensor | None, seed: int | None,
+    diffusion, num_frames: int, cond: Tensor | Sequence[str] | None, batch_size: int, settings, negative, *,
+    overlap: int | None, later_cond_scale: float | None, first_frames: Tensor | None, seed: int | None, progress: bool,
 ) -> Tensor:
-    """Videos (b c num_frames h w) from a `sample` that draws `window` frames at a time: see GaussianDiffusion.sample_long."""
+    """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long."""
+    window = diffusion.num_frames
     overlap = max(1, window // 2) if overlap is None else overlap
     if not 1 <= overlap < window <= num_frames:
         raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
                          f'{window} frames or more and an overlap of 1 to {window - 1}')
-    video = sample(cond, cond_scale, batch_size, first_frames=first_frames, seed=seed).cpu()
+    number('later_cond_scale', later_cond_scale)
+    later = settings.later(later_cond_scale)
+    later_negative = negative if later.cond_scale not in (0, 1) else None
+    later.check(diffusion.num_timesteps, has_cond=cond is not None, negative=later_negative is not None, has_known=True)
+    video = diffusion.sample(cond, batch_size=batch_size, first_frames=first_frames, seed=seed, negative=negative,
+                             progress=progress, **settings.changed()).cpu()
     while video.shape[2] < num_frames:
-        cond_scale = cond_scale if later_cond_scale is None else later_cond_scale
         seed = None if seed is None else seed + 1_000_003  # far from the seeds of other batches
-        following = sample(cond, cond_scale, len(video), first_frames=video[:, :, -overlap:], seed=seed).cpu()
+        following = diffusion.sample(cond, batch_size=len(video), first_frames=video[:, :, -overlap:], seed=seed,
+                                     negative=later_negative, progress=progress, **later.changed()).cpu()
         video = torch.cat((video, following[:, :, overlap:]), dim=2)
     return video[:, :, :num_frames]

@@ -11,7 +11,7 @@ None the first clips of the training are measured; 1.15258426 is that of CogVide
     >>> vae = CausalVAE(latent_channels=4, dim=32, dim_mults=(1, 2, 2), time_compression=2)
     >>> channels, frames, *size = latent_shape(vae, num_frames=9, image_size=(32, 32))
     >>> inner = GaussianDiffusion(Unet3D(dim=64, channels=channels), channels=channels, num_frames=frames,
-    ...                           image_size=tuple(size), latents=True)
+    ...                           image_size=tuple(size), latents=True, objective='v')
     >>> diffusion = LatentDiffusion(inner, vae, num_frames=9)
     >>> loss = diffusion(torch.rand(2, 3, 9, 32, 32))               # from here on like a GaussianDiffusion of pixels
     >>> videos = diffusion.sample(batch_size=2, steps=50, sampler='ddim')
@@ -20,7 +20,11 @@ None the first clips of the training are measured; 1.15258426 is that of CogVide
 network is told the first latent frames of some clips, as known_frames.py has it. The first of them is the
 first frame *of the video*, encoded alone, so that one image is enough, and with a little noise in it
 (sigma = exp(N(-3, 0.5)) in [-1, 1]), so that a picture need not be perfect. What the network is told is therefore
-only about right, and it answers for these frames too: `sample(image=...)`, `sample(first_frames=...)`.
+only about right, and it answers for these frames too: `sample(image=...)`, `sample(first_frames=...)`. The pretrained
+models know an image and nothing else, each times a number of its own: `image_scale`.
+
+**A DiT with `frame_patch=2`** (CogVideoX 1.5) needs an even number of latent frames: in front of an odd number the first is
+there twice, drawn like the others, but not decoded. An image is told there.
 
 **Super-resolution** goes the same way (cascades of arXiv 2106.15282, in latents): with `low_res=4` and `prob_cond_frames=1`
 the network is told all frames, made four times smaller, large again, and encoded. `sample(low_res=...)` takes a small
@@ -35,14 +39,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..vae.frame_shares import has_special_first_frame
+from ..checks import number, video_shape, whole
+from ..vae.frame_shares import has_special_first_frame, latent_shape
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames
 from .gaussian_diffusion import GaussianDiffusion
 from .latent_cache import Encoded, fingerprint
+from .sampling import Sampling
 
 CLIPS_TO_MEASURE = 64
+SETTINGS = 'num_frames', 'max_batch', 'chunk', 'low_res', 'image_scale'
 
 
 class LatentDiffusion(nn.Module):
@@ -56,28 +63,31 @@ class LatentDiffusion(nn.Module):
         max_batch: int = 8,                       # clips in the VAE at once
         chunk: int | None = None,                 # latent frames in it at once, None: all; see CausalVAE.encode
         low_res: int | None = None,               # how many times larger than a given clip videos are; None: nothing is given
+        image_scale: float | None = None,         # the network is told an image alone, its latents times this; None: first frames
     ):
         super().__init__()
         self.num_frames = 1 + vae.time_compression * (diffusion.num_frames - 1) if num_frames is None else num_frames
         self.height, self.width = (side * vae.space_compression for side in (diffusion.height, diffusion.width))
         self.channels = vae.config['in_channels']
         expected = latent_shape(vae, self.num_frames, (self.height, self.width))
-        given = diffusion.channels, diffusion.num_frames, diffusion.height, diffusion.width
+        self.doubled = -expected[1] % getattr(diffusion.denoise_fn, 'patch', (1,))[0]    # latent frames in front of the first
+        given = diffusion.channels, diffusion.num_frames - self.doubled, diffusion.height, diffusion.width
         if given != expected or not diffusion.latents:
             raise ValueError(f'the GaussianDiffusion has (channels, num_frames, height, width) = {given} and '
                              f'latents={diffusion.latents}: the latents of {self.num_frames} frames are {expected}, and it must '
                              'have latents=True')
-        if max_batch < 1:
-            raise ValueError(f'max_batch={max_batch}: give 1 or more')
+        whole('max_batch', max_batch, 1)
+        number('image_scale', image_scale, above=0)
         if low_res is not None and (low_res < 2 or self.height % low_res or self.width % low_res):
             raise ValueError(f'low_res={low_res}: give a number above 1 that divides frames of {self.height}x{self.width}')
         if low_res is not None and diffusion.prob_cond_frames != 1:
             raise ValueError(f'low_res={low_res} with prob_cond_frames={diffusion.prob_cond_frames}: the network is always told '
                              'the small clip, as known frames, so give Unet3D(cond_frames=True) and prob_cond_frames=1')
-        self.low_res = low_res
+        if image_scale is not None and not diffusion.prob_cond_frames:
+            raise ValueError(f'image_scale={image_scale}, but the network is never told an image: prob_cond_frames is 0')
         self.diffusion = diffusion
         self.vae = vae.eval().requires_grad_(False)
-        self.max_batch, self.chunk = max_batch, chunk
+        self.max_batch, self.chunk, self.low_res, self.image_scale = max_batch, chunk, low_res, image_scale
         self.register_buffer('scale', torch.tensor(float('nan') if scale is None else float(scale)))
         self.has_scale = scale is not None        # looked up in the buffer but once: on a GPU that waits
 
@@ -114,15 +124,25 @@ class LatentDiffusion(nn.Module):
         self.check_scale()
         if posterior_noise is None:
             posterior_noise = torch.randn_like(posterior.mean)
-        z = (posterior.mean + posterior.std * posterior_noise) * self.scale              # b c f h w, of latents
-        told = None if hint is None else torch.cat((hint * self.scale, z[:, :, hint.shape[2]:]), dim=2)
+        z = self.filled_up((posterior.mean + posterior.std * posterior_noise) * self.scale)    # b c f h w, of latents
+        if hint is not None:
+            hint = self.filled_up(hint) if self.low_res else hint
+            training['known'] = torch.cat((hint * (self.image_scale or self.scale), z[:, :, hint.shape[2]:]), dim=2)
         if self.low_res:
             training['known_mask'] = torch.ones(len(z), z.shape[2], dtype=torch.bool, device=z.device)
-        return self.diffusion(z, cond, noise, t, known=told, **training)
+        elif self.image_scale is not None:
+            mask = training.get('known_mask')
+            mask = self.diffusion.draw_known(len(z), z.device) if mask is None else mask
+            training['known_mask'] = mask & (torch.arange(z.shape[2], device=z.device) == 0)
+        return self.diffusion(z, cond, noise, t, **training)
+
+    def filled_up(self, z: Tensor) -> Tensor:
+        """(b c f h w) with the first frame twice, where the network's patches ask for it."""
+        return torch.cat((z[:, :, :self.doubled], z), dim=2)
 
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         draws = self.diffusion.draw(count, device, generator)
-        draws['posterior_noise'] = torch.randn(draws['noise'].shape, device=device, generator=generator)
+        draws['posterior_noise'] = torch.randn(draws['noise'][:, :, self.doubled:].shape, device=device, generator=generator)
         if self.prob_cond_frames and not self.low_res:
             draws['image_noise'] = self.draw_image_noise(count, device, generator)
         return draws
@@ -145,7 +165,11 @@ class LatentDiffusion(nn.Module):
             posterior = clip.posterior if isinstance(clip, Encoded) else self.posterior(clip)
             first += posterior.mean.double().mean() / count                              # E z and E z^2
             second += (posterior.mean.double() ** 2 + posterior.var).mean() / count
-        self.scale.copy_((second - first ** 2) ** -0.5)
+        scale = (second - first ** 2) ** -0.5
+        if not scale.isfinite():
+            raise ValueError(f'the VAE makes latents of {count} clips whose standard deviation is {1 / scale.item()}: its weights '
+                             'are NaN, or it was never trained; give another')
+        self.scale.copy_(scale)
 
     def check_scale(self) -> None:
         self.has_scale = self.has_scale or not self.scale.isnan().item()
@@ -182,8 +206,8 @@ class LatentDiffusion(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (b c f h w) -> videos in [0, 1]."""
-        parts = [self.vae.decode(part, self.num_frames, chunk=self.chunk) for part in (z / self.scale).split(self.max_batch)]
-        return torch.cat(parts).clamp(0, 1)
+        z = z[:, :, self.doubled:] / self.scale
+        return torch.cat([self.vae.decode(part, self.num_frames, chunk=self.chunk) for part in z.split(self.max_batch)]).clamp(0, 1)
 
     # Sampling
 
@@ -197,8 +221,8 @@ class LatentDiffusion(nn.Module):
         image: Tensor | None = None,                  # (b c h w): how the videos begin; one is enough for all. Or:
         first_frames: Tensor | None = None,           # (b c k h w): several of them
         low_res: Tensor | None = None,                # (b c f h/low_res w/low_res): the videos, small; one is enough for all
-        known_by: str | None = None,                  # 'network', 'guide' or 'replace', see known_frames.py; None: the best
-        **sampling,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
+        known_by: str | None = None,                  # as in Sampling
+        **settings,                                   # the rest as in GaussianDiffusion.sample; `noise` is that of latents
     ) -> Tensor:
         """Videos (b c f h w) in [0, 1]; with `return_all` the whole way to them, decoded (steps + 1, b c f h w)."""
         self.check_scale()
@@ -209,18 +233,18 @@ class LatentDiffusion(nn.Module):
             first_frames = image.unsqueeze(2)
         if first_frames is not None:
             known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
-            sampling['known'], sampling['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
+            settings['known'], settings['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
         if self.low_res or low_res is not None:
             self.check_low_res(low_res, alone=first_frames is None)
-            sampling['known'] = self.posterior(self.enlarge(low_res.to(self.scale.device))).mean * self.scale
-            sampling['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
-        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **sampling)
+            settings['known'] = self.filled_up(self.posterior(self.enlarge(low_res.to(self.scale.device))).mean) * self.scale
+            settings['known_mask'] = torch.ones(self.diffusion.num_frames, dtype=torch.bool)
+        x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **settings)
         return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
 
     def sample_long(
         self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
         *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
-        seed: int | None = None, **sampling,
+        negative: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True, **settings,
     ) -> Tensor:
         """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
         if self.low_res:
@@ -228,11 +252,28 @@ class LatentDiffusion(nn.Module):
         if overlap is None:
             overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
         return known_frames.window_by_window(
-            lambda *args, **kwargs: self.sample(*args, **kwargs, **sampling), self.num_frames, num_frames, cond, cond_scale,
-            batch_size, overlap=overlap, later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed)
+            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
+            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
+
+    def ddim_invert(self, video: Tensor, cond: Tensor | Sequence[str] | None = None, **how) -> Tensor:
+        """As GaussianDiffusion.ddim_invert: the noise (b c f h w) of the latents of a video."""
+        return self.diffusion.ddim_invert(self.latents(video), cond, **how)
+
+    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, **how) -> Tensor:
+        """As GaussianDiffusion.interpolate: a video between two, by way of their latents."""
+        return self.decode(self.diffusion.interpolate(self.latents(x1), self.latents(x2), t, lam, **how))
+
+    @torch.no_grad()
+    def latents(self, video: Tensor) -> Tensor:
+        """The most likely latents of a video (b c f h w), scaled."""
+        self.check(video)
+        self.check_scale()
+        return self.filled_up(self.posterior(video).mean) * self.scale
 
     def whole_lengths(self) -> list[int]:
-        """How many first frames of a video are whole latent frames."""
+        """How many first frames of a video are whole latent frames, of which all may be known."""
+        if self.image_scale:
+            return [1]
         step = self.vae.time_compression
         return list(range(1 if has_special_first_frame(self.num_frames, step) else step, self.num_frames, step))
 
@@ -248,18 +289,16 @@ class LatentDiffusion(nn.Module):
                              f'{shape[2]}), where k is {" or ".join(map(str, lengths)) or "nothing that fits"}, '
                              f'for the VAE compresses time by {self.vae.time_compression}')
         first_frames = first_frames.to(self.scale.device)
-        z = self.posterior(first_frames).mean
+        z = self.filled_up(self.posterior(first_frames).mean) * self.scale
         if by_network:
-            z = torch.cat((self.posterior(first_frames[:, :, :1]).mean, z[:, :, 1:]), dim=2)
+            image = self.posterior(first_frames[:, :, :1]).mean * (self.image_scale or self.scale)
+            z = image if self.image_scale else torch.cat((image, z[:, :, 1:]), dim=2)
         known = torch.zeros_like(z[:, :, :1]).repeat(1, 1, self.diffusion.num_frames, 1, 1)
-        known[:, :, :z.shape[2]] = z * self.scale
+        known[:, :, :z.shape[2]] = z
         return known, torch.arange(self.diffusion.num_frames) < z.shape[2]
 
     def check(self, video: Tensor) -> None:
-        expected = (self.channels, self.num_frames, self.height, self.width)
-        if video.ndim != 5 or video.shape[1:] != expected:
-            raise ValueError(f'the video has shape {tuple(video.shape)}: expected (batch, {", ".join(map(str, expected))}), '
-                             'that is (batch, channels, num_frames, height, width)')
+        video_shape(video, self.channels, self.num_frames, self.height, self.width)
 
     def check_low_res(self, low_res: Tensor | None, alone: bool) -> None:
         if not self.low_res:
@@ -274,43 +313,38 @@ class LatentDiffusion(nn.Module):
 
     def config(self) -> dict:
         return {**self.diffusion.config(), 'latent': dict(
-            vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), num_frames=self.num_frames, max_batch=self.max_batch,
-            chunk=self.chunk, low_res=self.low_res)}
+            vae=vae_config(self.vae), vae_weights=fingerprint(self.vae), **{name: getattr(self, name) for name in SETTINGS})}
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made with our settings, and with our very VAE: latents of another mean nothing to it."""
         mine, stored = self.config()['latent'], config.get('latent', {})
         return self.diffusion.has_config(config) and all(
-            mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames', 'low_res'))
+            mine[name] == stored.get(name) for name in ('vae', 'vae_weights', 'num_frames', 'low_res', 'image_scale'))
 
     @classmethod
-    def from_config(cls, config: dict) -> 'LatentDiffusion':
+    def from_config(cls, config: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
         latent = config['latent']
-        return cls(GaussianDiffusion.from_config(config), vae_from_config(latent['vae']),
-                   **{name: latent.get(name) for name in ('num_frames', 'max_batch', 'chunk', 'low_res')})
+        return cls(GaussianDiffusion.from_config(config, text_encoder), vae_from_config(latent['vae']),
+                   **{name: latent.get(name) for name in SETTINGS})
 
     @classmethod
-    def from_state(cls, state: dict) -> 'LatentDiffusion':
-        """The trained model, with its averaged weights, from what a Trainer saved."""
-        diffusion = cls.from_config(state['config'])
-        diffusion.load_state_dict({**state['model'], **state['ema']['average']})
-        return diffusion
+    def from_checkpoint(cls, path: str | Path) -> 'LatentDiffusion':
+        """The trained model from a checkpoint file, or from the newest one of a results folder."""
+        return cls.from_state(checkpoint.load_run(path))
+
+    @classmethod
+    def from_state(cls, state: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
+        """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
+        return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
 
-def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(channels, frames, height, width) of the latents of videos."""
-    height, width = (side // vae.space_compression for side in image_size)
-    special = has_special_first_frame(num_frames, vae.time_compression)
-    return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
-
-
-def diffusion_from_state(state: dict) -> GaussianDiffusion | LatentDiffusion:
+def diffusion_from_state(state: dict, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """Whatever diffusion model a Trainer saved, with its averaged weights."""
     if 'vae' in state['config']:
         raise ValueError('the checkpoint holds a VAE, not a diffusion model')
-    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state)
+    return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state, text_encoder)
 
 
-def diffusion_from_checkpoint(path: str | Path) -> GaussianDiffusion | LatentDiffusion:
+def diffusion_from_checkpoint(path: str | Path, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """The same from a checkpoint file, or from the newest one of a results folder."""
-    return diffusion_from_state(checkpoint.load_run(path))
+    return diffusion_from_state(checkpoint.load_run(path), text_encoder)

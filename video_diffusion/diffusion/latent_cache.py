@@ -11,6 +11,7 @@ stopped while encoding goes on with the clips that are missing, and several proc
 """
 
 import hashlib
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,11 @@ class LatentCache(Dataset):
             raise ValueError('latent_cache: each clip is encoded once, as it is, so horizontal_flip and random_window cannot '
                              'change it anew each time: leave them out, or leave the cache out')
         hint = diffusion.low_res or diffusion.prob_cond_frames > 0
-        shape = dataset.size, dataset.num_frames, dataset.channels, diffusion.chunk, hint
+        shape = dataset.size, dataset.num_frames, dataset.rate, dataset.clips_per_video, dataset.channels, diffusion.chunk, hint
         self.folder = Path(folder) / fingerprint(diffusion.vae, shape)
-        self.num_frames, self.latent_channels = dataset.num_frames, diffusion.vae.latent_channels
+        self.fps, self.num_frames, self.latent_channels = dataset.fps, dataset.num_frames, diffusion.vae.latent_channels
         self.hint_frames = diffusion.diffusion.num_frames if diffusion.low_res else 1
-        self.files = [self.folder / file_name(path) for path in dataset.paths]
+        self.files = [self.folder / file_name(path, part) for path, part in zip(dataset.paths, dataset.parts)]
         self.encode_missing(dataset, diffusion, processes)
 
         whole = [i for i, file in enumerate(self.files) if file.exists()]        # those that could be read
@@ -77,24 +78,27 @@ class LatentCache(Dataset):
 
     def encode_missing(self, dataset: GifDataset, diffusion: nn.Module, processes: Processes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        dataset = copy(dataset)
+        dataset.cache_bytes = 0                              # no clip is needed again, so none is to stay in memory
         missing = [i for i in range(processes.rank, len(dataset), processes.world_size) if not self.files[i].exists()]
         bar = tqdm(total=len(missing), desc='encoding clips', unit='clip', disable=not processes.is_main or not missing)
         for at in range(0, len(missing), diffusion.max_batch):
             batch = missing[at:at + diffusion.max_batch]
             bar.update(len(batch))
-            batch = [i for i in batch if dataset.readable(i)[0] == i]    # for a damaged one another would stand in
-            if not batch:
+            read = {i: dataset.readable(i) for i in batch}
+            clips = {i: clip for i, (stand_in, clip) in read.items() if stand_in == i}     # where i is damaged, another comes
+            if not clips:
                 continue
-            videos = dataset.floats(torch.stack([dataset.clip(i) for i in batch])).to(processes.device)
+            videos = dataset.floats(torch.stack(list(clips.values()))).to(processes.device)
             noise = None
             if diffusion.prob_cond_frames and not diffusion.low_res:     # of each clip alone, whatever is encoded beside it
-                generators = [seeded_generator(self.files[i].name, device=processes.device) for i in batch]
+                generators = [seeded_generator(self.files[i].name, device=processes.device) for i in clips]
                 noise = torch.cat([diffusion.draw_image_noise(1, processes.device, generator) for generator in generators])
             posterior, hint = diffusion.encode(videos, noise)
             parts = [posterior.mean, posterior.logvar]       # b c f h w, each
             if hint is not None:
                 parts.append(F.pad(hint, (0, 0, 0, 0, 0, parts[0].shape[2] - hint.shape[2])))
-            for i, latents in zip(batch, torch.cat(parts, dim=1).cpu()):
+            for i, latents in zip(clips, torch.cat(parts, dim=1).cpu()):
                 checkpoint.save(latents.clone(), self.files[i])          # a copy, for a part would be saved with the whole
         bar.close()
         processes.any(False)                                 # the others may have clips that we need
@@ -102,14 +106,10 @@ class LatentCache(Dataset):
 
 def fingerprint(vae: nn.Module, *more) -> str:
     """Changes when any weight or setting of the VAE does, or anything in `more`."""
-    digest = hashlib.sha256(repr((type(vae).__name__, sorted(vae.config.items()), more)).encode())
-    for name, value in vae.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return checkpoint.fingerprint(vae.state_dict().items(), (type(vae).__name__, sorted(vae.config.items()), more))
 
 
-def file_name(clip: Path) -> str:
+def file_name(clip: Path, part: int) -> str:
     stat = clip.stat()
-    key = repr((str(clip.resolve()), stat.st_size, stat.st_mtime_ns))
+    key = repr((str(clip.resolve()), stat.st_size, stat.st_mtime_ns, part))
     return hashlib.sha256(key.encode()).hexdigest()[:16] + '.pt'

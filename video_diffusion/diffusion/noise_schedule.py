@@ -5,10 +5,6 @@ A noisy video is x_t = alpha_t x_0 + sigma_t noise, with alpha_t^2 + sigma_t^2 =
 nearly 1, a clean video, to nearly 0, pure noise. It is computed in float64: near both ends the differences
 that matter are smaller than float32 can tell apart.
 
-A network may be asked for the noise, for v = alpha noise - sigma x_0 (Salimans & Ho 2022, arXiv 2202.00512),
-which stays well-scaled at both ends, or for x_0. `to_x0` and `to_noise` turn any of them into what a
-sampler needs.
-
     >>> zero_snr(shifted(scaled_linear_schedule(1000), 3.))      # CogVideoX's
 """
 
@@ -17,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-OBJECTIVES = ('noise', 'v', 'x0')
+from ..checks import number, one_of, whole
 
 
 def cosine_schedule(timesteps: int, offset: float = 0.008, max_beta: float = 0.9999) -> Tensor:
@@ -51,8 +47,7 @@ def shifted(alpha_bar: Tensor, shift: float) -> Tensor:
     under noise that hides any single pixel, so that is where those things are decided, and with the plain
     schedule few steps lie there (Hoogeboom et al. 2023, arXiv 2301.11093; CogVideoX shifts by 3).
     """
-    if not shift > 0:
-        raise ValueError(f'schedule_shift={shift}: give a positive number, 1 for the plain schedule')
+    number('schedule_shift', shift, above=0)
     return alpha_bar / (shift + (1 - shift) * alpha_bar)
 
 
@@ -68,7 +63,10 @@ def zero_snr(alpha_bar: Tensor) -> Tensor:
 
 def build_schedule(name: str, timesteps: int, shift: float = 1., rescale: bool = False) -> Tensor:
     """A schedule by name, shifted, and then with `zero_snr` if asked to `rescale`, which is CogVideoX's order."""
-    alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
+    one_of('schedule', name, SCHEDULES)
+    whole('timesteps', timesteps, 2 if rescale else 1)        # with zero-SNR the first step is not the last
+    with torch.device('cpu'):                                 # where a model is made of shapes alone, this is not
+        alpha_bar = shifted(SCHEDULES[name](timesteps), shift)
     alpha_bar = zero_snr(alpha_bar) if rescale else alpha_bar
     if alpha_bar[-1] > 0.01:
         raise ValueError(f'schedule={name!r} with timesteps={timesteps} leaves {alpha_bar[-1].sqrt():.0%} of the signal at the '
@@ -83,38 +81,3 @@ def posterior(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor
     b = (alpha_bar / alpha_bar_prev).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
     c = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
     return a, b, c
-
-
-def target(objective: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network is asked to predict."""
-    return {'noise': noise, 'x0': x0, 'v': alpha * noise - sigma * x0}[objective]
-
-
-def min_snr_weight(objective: str, alpha_bar: Tensor, gamma: float) -> Tensor:
-    """The weight of each step's squared error (Hang et al. 2023, arXiv 2303.09556), finite from pure noise to clean video.
-
-    Nearly clean steps, whose targets are easy or hopeless, would else outvote the others. On the error in x_0 the weight
-    is min(snr, gamma). The same error is 1 / snr times as large in the noise and 1 / sigma^2 = snr + 1 times in v, so
-    there the weight is divided by that. Towards pure noise the weight of x_0 and v falls to 0: with `zero_snr` the last
-    step, where sampling begins, learns only from its neighbours.
-    """
-    snr = alpha_bar / (1 - alpha_bar)
-    if objective == 'noise':
-        return (gamma / snr).clamp(max=1)  # min(snr, gamma) / snr
-    if objective == 'v':
-        return snr.clamp(max=gamma) / (snr + 1)
-    return snr.clamp(max=gamma)
-
-
-def to_x0(objective: str, output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """The clean video that a prediction implies, for the noisy video x."""
-    if objective == 'noise':
-        return (x - sigma * output) / alpha
-    if objective == 'v':
-        return alpha * x - sigma * output
-    return output
-
-
-def to_noise(x0: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """The noise that a clean video implies, for the noisy video x."""
-    return (x - alpha * x0) / sigma

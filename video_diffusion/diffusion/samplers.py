@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .noise_schedule import posterior, to_noise
+from .noise_schedule import posterior
+from .objective import to_noise
 
 Denoiser = Callable[[Tensor, int], Tensor]
 

@@ -13,7 +13,7 @@ So the rest of the library need not know which of the three it holds:
   small worlds with a few hundred words.
 - `BertEncoder` is a large frozen transformer that has read a lot of text (Devlin et al., "BERT", 2018,
   https://arxiv.org/abs/1810.04805). It knows word order, and words that no caption in your folder used.
-- `T5Encoder` is the encoder of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683), as CogVideoX uses it.
+- `T5Encoder` is the encoder of T5 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683), with `length=226` as CogVideoX uses it.
 
     encoder = WordEncoder(dim=64)
     cond = encoder(['a red ball rolls left', 'a blue square'])     # (2, 64)
@@ -23,9 +23,12 @@ Shape comments: b prompts, n words of the longest prompt.
 
 import re
 import zlib
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from ..checks import whole
 
 
 def check_texts(texts: list[str]) -> None:
@@ -105,14 +108,14 @@ class BertEncoder(nn.Module):
             if value not in allowed:
                 raise ValueError(f'{name}={value!r}: choose {allowed[0]!r} or {allowed[1]!r}')
         self.name_or_path, self.pool, self.dtype = str(name_or_path), pool, dtype
-        self.tokenizer, transformer = load_transformer(self.name_or_path, self.model_class)
+        self.tokenizer, transformer = load_transformer(self.name_or_path, self.model_class, getattr(torch, dtype))
         if pool == 'cls' and self.tokenizer.cls_token is None:
             raise ValueError(f"pool='cls': {self.name_or_path!r} has no CLS token, so use pool='mean'")
 
         # The frozen weights are already on disk, so a training checkpoint should hold only their name.
         # Set behind nn.Module's back, the transformer is invisible to state_dict(), parameters() and
         # train(): not saved, not optimised, always in eval mode. So is it to .to(), hence `_apply` below.
-        object.__setattr__(self, 'transformer', transformer.to(getattr(torch, dtype)).eval().requires_grad_(False))
+        object.__setattr__(self, 'transformer', transformer.eval().requires_grad_(False))
         self.dim = transformer.config.hidden_size
         longest = getattr(transformer.config, 'max_position_embeddings', 512)
         self.max_tokens = min(longest, self.tokenizer.model_max_length)     # 1e30 where it has no limit
@@ -149,11 +152,31 @@ class BertEncoder(nn.Module):
 
 
 class T5Encoder(BertEncoder):
-    """The frozen encoder half of a T5; the decoder is not even loaded. It has no CLS token, so pool is 'mean'."""
+    """The frozen encoder half of a T5; the decoder is not even loaded. It has no CLS token, so pool is 'mean'.
+
+    With a `length` the tokens of every prompt are so many: cut off, or filled up with padding that T5 looks at as at any other
+    token, and whose vectors are not zeros. CogVideoX, which has never seen anything else, takes all of them for text.
+    """
     kind, model_class = 't5', 'T5EncoderModel'
 
-    def __init__(self, name_or_path: str = 'google/t5-v1_1-base', pool: str = 'mean', dtype: str = 'float32'):
+    def __init__(self, name_or_path: str = 'google/t5-v1_1-base', pool: str = 'mean', dtype: str = 'float32',
+                 length: int | None = None):
         super().__init__(name_or_path, pool, dtype)
+        whole('length', length, 1)
+        self.length = length
+
+    def config(self) -> dict:
+        return super().config() if self.length is None else super().config() | {'length': self.length}
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        if self.length is None:
+            return super().tokens(texts)
+        check_texts(texts)
+        ids = self.tokenizer(
+            list(texts), padding='max_length', truncation=True, max_length=self.length, return_tensors='pt'
+        ).input_ids.to(self.transformer.device)                                                  # b length
+        vectors = self.transformer(input_ids=ids).last_hidden_state                              # b length dim
+        return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 class CaptionCache:
@@ -179,21 +202,35 @@ class CaptionCache:
         return row
 
 
-def text_encoder_from_config(config: dict) -> nn.Module:
-    """The encoder that `config()` describes, before its weights are loaded."""
+def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> nn.Module:
+    """The encoder that `config()` describes, before its weights are loaded.
+
+    A checkpoint may say which frozen encoder it was trained with, but a file from elsewhere must not choose what is
+    fetched from the hub: what is not in a directory on disk, the user has to name in `name_or_path`.
+    """
     kinds = {'words': WordEncoder, 'bert': BertEncoder, 't5': T5Encoder}
-    return kinds[config['kind']](**{key: value for key, value in config.items() if key != 'kind'})
+    settings = {key: value for key, value in config.items() if key != 'kind'}
+    if config['kind'] != 'words':
+        settings['name_or_path'] = name_or_path or settings['name_or_path']
+        if name_or_path is None and not Path(settings['name_or_path']).is_dir():
+            raise ValueError(f'it was trained with the text encoder {settings["name_or_path"]!r:.100}, which is no directory here: '
+                             'name it yourself to load it from the hub, text_encoder=... or --text-encoder ...')
+    return kinds[config['kind']](**settings)
 
 
-def load_transformer(name_or_path: str, model_class: str) -> tuple:
-    """Tokenizer and transformer, from a directory on disk or from the Hugging Face hub."""
+def load_transformer(name_or_path: str, model_class: str, dtype: torch.dtype) -> tuple:
+    """Tokenizer and transformer, from a directory on disk, in which each may have a folder of its own, or from the hub."""
     try:
         import transformers  # an extra: imported only where it is used
     except ImportError as error:
         raise ImportError('this text encoder needs transformers: pip install "video_diffusion[text]"') from error
+    folder = Path(name_or_path)
+    how = dict(trust_remote_code=False, local_files_only=folder.is_dir())  # no code of theirs; the hub only by name
+    places = (folder / 'tokenizer', folder / 'text_encoder') if (folder / 'text_encoder').is_dir() else (name_or_path,) * 2
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
-        transformer = getattr(transformers, model_class).from_pretrained(name_or_path)
+        with torch.device('cpu'):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(places[0], **how)
+            transformer = getattr(transformers, model_class).from_pretrained(places[1], dtype=dtype, **how)
     except (OSError, ValueError) as error:
         raise ValueError(f'the text encoder {name_or_path!r} cannot be loaded: give a directory on disk that '
                          'holds its config, weights and vocabulary, or connect and download it') from error

@@ -26,103 +26,16 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .attention import (
-    RelativePositionBias,
-    SpatialAttention,
-    SpatialLinearAttention,
-    TemporalAttention,
-    TextAttention,
-    rotations,
-)
-from .recompute import recompute
+from ..checks import one_of, whole
+from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
 from .text import masked_mean
+from .unet_blocks import FrameConv, FrameConvTranspose, ResnetBlock, SinusoidalEmbedding
 
 BERT_DIM = 768
-
-
-class SinusoidalEmbedding(nn.Module):
-    """A number as sines and cosines of geometrically spaced frequencies, from 1 down to 1 / 10000."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, time: Tensor) -> Tensor:
-        half = self.dim // 2
-        exponent = torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1))
-        angle = time[:, None] * exponent.exp()[None, :]
-        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (b, dim)
-
-
-class FrameConv(nn.Conv2d):
-    """A 1 x k x k convolution: a 2-D one that sees every frame as an image of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return per_frame(super().forward, x)
-
-
-class FrameConvTranspose(nn.ConvTranspose2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return per_frame(super().forward, x)
-
-
-def per_frame(function, x: Tensor) -> Tensor:
-    """Fold the frames into the batch and back. In channels-last memory neither copies."""
-    y = function(rearrange(x, 'b c f h w -> (b f) c h w'))
-    return rearrange(y, '(b f) c h w -> b c f h w', b=x.shape[0])
-
-
-class Block(nn.Module):
-    """Convolution, group norm over the whole clip, FiLM (a scale and a shift per channel), SiLU."""
-
-    def __init__(self, dim_in: int, dim_out: int, groups: int):
-        super().__init__()
-        self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
-        self.norm = nn.GroupNorm(groups, dim_out)
-
-    def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """All but the convolution: x (b c f h w), scale_shift (b, 2c)."""
-        if scale_shift is None:
-            return F.silu(self.norm(x))
-        # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
-        scale, shift = scale_shift.chunk(2, dim=1)
-        gain = self.norm.weight * (scale + 1)
-        bias = self.norm.bias * (scale + 1) + shift
-        x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
-        return F.silu(torch.addcmul(bias[:, :, None, None, None], x, gain[:, :, None, None, None]))
-
-
-class ResnetBlock(nn.Module):
-    """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one.
-
-    In training it keeps what its two convolutions read and write, but for what can be had from these at the cost of a norm:
-    see recompute.py.
-    """
-
-    def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
-        super().__init__()
-        self.to_scale_shift = nn.Linear(emb_dim, 2 * dim_out) if emb_dim else None
-        self.block1 = Block(dim_in, dim_out, groups)
-        self.block2 = Block(dim_out, dim_out, groups)
-        self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        """`skip`: more channels of the input, from the other side of the U."""
-        scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
-        shortcut, h = self.read(x) if skip is None else recompute(self.read, x, skip)
-        h = recompute(self.between, h, scale_shift)
-        return recompute(self.block2.activate, h) + shortcut
-
-    def read(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return self.shortcut(x), self.block1.conv(x)
-
-    def between(self, h: Tensor, scale_shift: Tensor | None) -> Tensor:
-        return self.block2.conv(self.block1.activate(h, scale_shift))
 
 
 BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention  # all Levels are made of
@@ -140,14 +53,13 @@ class Level(nn.Module):
         self.temporal_attention = temporal
         self.text_attention = text
 
-    def forward(self, x: Tensor, emb: Tensor, along_time: tuple, text: tuple[Tensor, Tensor] | None,
-                skip: Tensor | None = None) -> Tensor:
-        x = self.block1(x, emb, skip)
+    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool, text: tuple[Tensor, Tensor] | None) -> Tensor:
+        x = self.block1(x, emb)
         x = self.block2(x, emb)
         x = self.spatial_attention(x)
         if text is not None:
             x = self.text_attention(x, *text)
-        return self.temporal_attention(x, *along_time)
+        return self.temporal_attention(x, bias, frames_alone)
 
 
 class Unet3D(nn.Module):
@@ -164,6 +76,7 @@ class Unet3D(nn.Module):
         init_dim: int | None = None,         # channels after the first convolution; None: dim
         init_kernel_size: int = 7,
         use_sparse_linear_attn: bool = True,  # spatial linear attention at every level
+        block_type: str = 'resnet',          # the only one there is: for scripts of the public package, which names it
         resnet_groups: int = 8,
         cond_frames: bool = False,           # known frames and their mask are more input channels; see known_frames.py
         text_tokens: bool = False,           # cond is a caption's tokens (b n cond_dim), for every pixel to look at
@@ -173,15 +86,12 @@ class Unet3D(nn.Module):
         super().__init__()
         # All that is needed to build this network again; checkpoints store it.
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'checkpoint_activations')}
-        if init_kernel_size % 2 == 0:
-            raise ValueError(f'init_kernel_size={init_kernel_size}: give an odd size, so that the output keeps its size')
-        self.channels = channels
-        self.cond_frames = cond_frames
+        check_sizes(dim, dim_mults, channels, attn_heads, attn_dim_head, init_dim or dim, init_kernel_size, resnet_groups,
+                    block_type)
+        self.channels, self.cond_frames, self.text_tokens = channels, cond_frames, text_tokens
         self.use_bert_text_cond = use_bert_text_cond
         self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
         self.has_cond = self.cond_dim is not None
-
-        self.text_tokens = text_tokens
         if text_tokens and not self.has_cond:
             raise ValueError('text_tokens=True: give cond_dim, the width of the tokens')
 
@@ -192,7 +102,8 @@ class Unet3D(nn.Module):
         self.null_cond = nn.Parameter(torch.randn(1, self.cond_dim)) if self.has_cond else None
 
         resnet = dict(groups=resnet_groups, emb_dim=time_dim + (self.cond_dim or 0))
-        rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
+        with torch.device('cpu'):                # it computes buffers that no checkpoint holds
+            rotary = RotaryEmbedding(min(32, attn_dim_head), cache_if_possible=False)
 
         def temporal(width):
             return TemporalAttention(width, attn_heads, attn_dim_head, rotary)
@@ -239,8 +150,8 @@ class Unet3D(nn.Module):
         # Checkpointing (arXiv 1604.06174) keeps the input only. No block draws anything, so there is no RNG to restore.
         if checkpoint_activations:
             for block in self.modules():
-                if isinstance(block, ResnetBlock):
-                    block.forward = partial(recompute, block.forward)
+                if isinstance(block, BLOCKS):
+                    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(
         self,
@@ -261,13 +172,11 @@ class Unet3D(nn.Module):
         elif known is not None:
             raise ValueError('known frames were given, but this model was built without cond_frames=True')
         bias, frames_alone = self.temporal_bias(b, f, focus_present_mask, prob_focus_present)
-        turn = rotations(f, self.init_temporal_attention.rotary, self.init_temporal_attention.dim_head)
-        along_time = bias, turn, frames_alone
 
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
-        x = self.init_temporal_attention(x, self.time_bias(f), turn)
+        x = self.init_temporal_attention(x, self.time_bias(f))
         first = x
 
         emb, text = self.time_mlp(time), None
@@ -281,7 +190,7 @@ class Unet3D(nn.Module):
 
         skips = []
         for level, downsample in zip(self.downs, self.downsamples):
-            x = level(x, emb, along_time, text)
+            x = level(x, emb, bias, frames_alone, text)
             skips.append(x)
             x = downsample(x)
 
@@ -289,14 +198,14 @@ class Unet3D(nn.Module):
         x = self.mid_spatial_attention(x)
         if text is not None:
             x = self.mid_text_attention(x, *text)
-        x = self.mid_temporal_attention(x, *along_time)
+        x = self.mid_temporal_attention(x, bias, frames_alone)
         x = self.mid_block2(x, emb)
 
         for level, upsample in zip(self.ups, self.upsamples):
-            x = level(x, emb, along_time, text, skips.pop())
+            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone, text)
             x = upsample(x)
 
-        x = self.final_block(x, None, first)
+        x = self.final_block(torch.cat((x, first), dim=1))
         return self.final_conv(x)
 
     def forward_with_cond_scale(
@@ -355,14 +264,32 @@ class Unet3D(nn.Module):
         if h % step or w % step:
             raise ValueError(f'frames of {h}x{w}: with {len(self.downs)} levels, height and width must be '
                              f'multiples of {step} ({step}, {2 * step}, {3 * step}, ...)')
+        if not self.has_cond and cond is not None:
+            raise ValueError('cond was given, but this model was built without cond_dim')
         expected = f'({x.shape[0]}, {"tokens, " if self.text_tokens else ""}{self.cond_dim})'
         if self.has_cond and cond is None:
             raise ValueError(f'this model is conditional: give cond, a tensor of shape {expected}')
-        if not self.has_cond and cond is not None:
-            raise ValueError('cond was given, but this model was built without cond_dim')
         fits = cond is None or cond.ndim == 2 + self.text_tokens and cond.shape[::cond.ndim - 1] == (x.shape[0], self.cond_dim)
-        if self.has_cond and not fits:
+        if not fits:
             raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}')
+
+
+def check_sizes(
+    dim: int, dim_mults: tuple[int, ...], channels: int, attn_heads: int, attn_dim_head: int, init_dim: int, kernel: int,
+    groups: int, block_type: str,
+) -> None:
+    one_of('block_type', block_type, ('resnet',))
+    for name, value in dict(channels=channels, attn_heads=attn_heads, resnet_groups=groups, init_dim=init_dim).items():
+        whole(name, value, 1)
+    for mult in dim_mults:
+        whole('dim_mults', mult, 1)
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f'init_kernel_size={kernel}: give an odd size, so that the output keeps its size')
+    for name, value, least in (('dim', dim, 4), ('attn_dim_head', attn_dim_head, 2)):
+        if value < least or value % 2:
+            raise ValueError(f'{name}={value}: give an even number, {least} or more, for it is taken in pairs')
+    if dim % groups:
+        raise ValueError(f'dim={dim}, resnet_groups={groups}: give a width that can be divided into so many groups')
 
 
 def with_known_frames(x: Tensor, known: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -16,22 +16,25 @@ import csv
 import math
 import os
 import time
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import checkpoint
-from ..data.dataset import GifDataset, batches
+from ..checks import number, whole
+from ..data.dataset import GifDataset, batches, seeded_generator
 from ..distributed import Processes
 from . import lr_schedule, shard
 from .ema import EMA
 from .interrupt import StopRequest
 
 
-class TrainingLoop:
+class TrainingLoop(ABC):
     columns: tuple[str, ...] = ('loss',)     # what `learn` returns, for the log
     measures: tuple[str, ...] = ()           # what `measure` returns, for the log
 
@@ -58,9 +61,11 @@ class TrainingLoop:
         processes: Processes,
     ):
         for name, value in dict(train_batch_size=batch_size, gradient_accumulate_every=accumulate, log_every=log_every,
-                                update_ema_every=update_ema_every, save_and_sample_every=save_and_sample_every).items():
-            if value < 1:
-                raise ValueError(f'{name}={value}: give 1 or more')
+                                update_ema_every=update_ema_every, save_and_sample_every=save_and_sample_every,
+                                train_num_steps=num_steps).items():
+            whole(name, value, 1)
+        number('max_grad_norm', max_grad_norm, above=0)
+        whole('seed', seed, 0, 2 ** 63 - 1)
         self.processes, self.device = processes, processes.device
         self.amp_dtype = amp_dtype(self.device) if amp else None
         self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
@@ -74,27 +79,28 @@ class TrainingLoop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.parts = {'model': model, 'ema': ema, 'optimizer': optimizer, 'scaler': self.scaler}  # all that has a state
         self.step = 0                     # optimiser steps done
+        self.counted_from = 0, 0          # step and number of the milestone from which they are counted
         self.seconds = 0.                 # spent training, over all resumed runs
         self.pending: list[tuple] = []    # (step, values on the device, learning rate), not looked at yet
         self.measured: dict[str, float] = {}  # at the last milestone
 
     # What a trainer fills in
 
+    @abstractmethod
     def learn(self, batch, number: int, is_last: bool) -> Tensor:
         """Forward and backward pass of batch `number`, the last of its step or not; returns the values of `columns`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self) -> dict:
         """What rebuilds the model."""
-        raise NotImplementedError
 
     def has_config(self, config: dict) -> bool:
         """Whether a checkpoint was made by such a run as this one."""
         return config == self.config()
 
+    @abstractmethod
     def sample(self, milestone: int) -> Path:
         """Draws what the model can do now."""
-        raise NotImplementedError
 
     def measure(self) -> dict[str, float]:
         """The values of `measures`, at a milestone."""
@@ -110,9 +116,7 @@ class TrainingLoop:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
         self.results_folder.mkdir(parents=True, exist_ok=True)
         self.trim_log()
-        data = batches(self.dataset, self.batch_size, seed=self.seed, start=self.step * self.accumulate,
-                       rank=self.processes.data_rank, world_size=self.processes.data_size,
-                       pin_memory=self.device.type == 'cuda')
+        data = self.batches()
         progress = tqdm(initial=self.step, total=self.train_num_steps, desc='training', unit='step',
                         disable=not self.processes.is_main)
         with StopRequest() as stop, progress:
@@ -122,26 +126,42 @@ class TrainingLoop:
                 progress.update()
                 stopping = self.processes.any(stop.requested)
                 milestone = self.step % self.save_and_sample_every == 0 or self.step == self.train_num_steps
-                number = math.ceil(self.step / self.save_and_sample_every)
+                rows = []
                 if self.step % self.log_every == 0 or milestone or stopping:
-                    self.log(log_fn, progress, measure=milestone)
+                    rows = self.log(progress, measure=milestone)
                 if milestone or stopping:
-                    self.save(number)
+                    self.save(self.milestone())
+                if milestone and not stopping:
+                    rows[-1]['sample'] = self.sample(self.milestone())
+                    self.watch = time.perf_counter()
+                for row in rows:
+                    log_fn(row)
                 if stopping:
                     break
-                if milestone:
-                    log_fn({'step': self.step, 'sample': self.sample(number)})
-                    self.watch = time.perf_counter()
         if self.processes.is_main:
             done = self.step == self.train_num_steps
             print('training completed' if done else f'stopped at step {self.step}: saved, load(-1) goes on from here')
+
+    def batches(self) -> Iterator:
+        """The batches of this process, from where the run stands."""
+        return batches(self.dataset, self.batch_size, seed=self.seed, start=self.step * self.accumulate,
+                       rank=self.processes.data_rank, world_size=self.processes.data_size,
+                       pin_memory=self.device.type == 'cuda')
+
+    def milestone(self) -> int:
+        """The number of the milestone that the run is on its way to, or has just reached: they go on rising by one, even if a
+        run goes on with another save_and_sample_every."""
+        step, number = self.counted_from
+        return number + math.ceil((self.step - step) / self.save_and_sample_every)
 
     def train_step(self, data) -> None:
         learning_rate = self.train_lr * self.lr_schedule(self.step)
         optimizers = self.optimizers()
         total = torch.zeros(len(self.columns), device=self.device)
         for i in range(self.accumulate):
-            total += self.learn(next(data), self.step * self.accumulate + i, is_last=i == self.accumulate - 1)
+            number, batch = self.step * self.accumulate + i, next(data)
+            with self.own_randomness(number):
+                total += self.learn(batch, number, is_last=i == self.accumulate - 1)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate
@@ -157,6 +177,13 @@ class TrainingLoop:
         self.step += 1
         self.pending.append((self.step, total / self.accumulate, learning_rate))
 
+    @contextmanager
+    def own_randomness(self, number: int):
+        """Within, what a module draws unasked (dropout) is a function of the seed and the batch, too."""
+        with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+            torch.manual_seed(seeded_generator(self.seed, 'modules', number, self.processes.rank).initial_seed())
+            yield
+
     def backward(self, loss: Tensor) -> None:
         """Its share of the step's gradients."""
         self.scaler.scale(loss / self.accumulate).backward()
@@ -166,8 +193,8 @@ class TrainingLoop:
 
     # The log
 
-    def log(self, log_fn: Callable[[dict], object], progress: tqdm, measure: bool) -> None:
-        """Look at the losses since the last look, and write them down."""
+    def log(self, progress: tqdm, measure: bool) -> list[dict]:
+        """Look at the losses since the last look, and write them down: a row for each step."""
         steps, values, learning_rates = zip(*self.pending)
         values = self.processes.mean(torch.stack(values)).tolist()  # on a GPU: waits for the steps to finish
         now = time.perf_counter()
@@ -185,13 +212,12 @@ class TrainingLoop:
         if measure:
             self.measured = self.measure()
             rows[-1].update(self.measured)
-        for row in rows:
-            log_fn(row)
         progress.set_postfix(loss=f'{rows[-1][self.columns[0]]:.4f}', clips_per_s=f'{speed:.1f}')
         if self.processes.is_main:
             with open(self.results_folder / 'log.csv', 'a', newline='') as file:
                 csv.DictWriter(file, self.log_columns()).writerows(rows)
         self.watch = time.perf_counter()
+        return rows
 
     def log_columns(self) -> list[str]:
         return ['step', *self.columns, 'lr', 'clips_per_second', 'seconds', *self.measures]
@@ -225,11 +251,14 @@ class TrainingLoop:
             self.results_folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save(state, self.results_folder / f'model-{milestone}.pt')
 
-    def load(self, milestone: int = -1) -> None:
-        """Go on from a milestone of the results folder; -1 is the newest."""
+    def load(self, milestone: int = -1, strict: bool = True) -> None:
+        """Go on from a milestone of the results folder; -1 is the newest. `strict` is that of the model's load_state_dict."""
         folder = self.results_folder
         path = checkpoint.newest(folder) if milestone == -1 else folder / f'model-{milestone}.pt'
-        self.load_state_dict(checkpoint.load_run(path))
+        self.load_state_dict(checkpoint.load_run(path), strict)
+        number = int(path.stem.removeprefix('model-'))
+        if self.milestone() != number:    # it was counted in other steps
+            self.counted_from = self.step, number
 
     def state_dict(self) -> dict:
         """For the main process to save; every process must ask, for it may hold shards of it."""
@@ -238,19 +267,35 @@ class TrainingLoop:
             'step': self.step,  # with the seed, also the position in the data and in the noise
             'seed': self.seed,
             'seconds': self.seconds,
+            'counted_from': self.counted_from,
+            'fps': self.dataset.fps,  # of the clips: what is drawn plays at the same rate
             **{name: shard.whole(part.state_dict(), keep=self.processes.is_main) for name, part in self.parts.items()},
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        if not self.has_config(state['config']):
+    def load_state_dict(self, state: dict, strict: bool = True) -> None:
+        with checkpoint.blaming('the checkpoint'):
+            fits = self.has_config(state['config'])
+        if not fits:
             raise ValueError('the checkpoint was made with other settings than this model: '
                              f'{state["config"]}, and not {self.config()}')
         missing = [name for name in self.parts if name not in state]
         if missing:
             raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
-        for name, part in self.parts.items():
-            shard.load(part, state[name])
-        self.step, self.seed, self.seconds = state['step'], state['seed'], state['seconds']
+        if len(state['optimizer']['param_groups']) != len(self.optimizer.param_groups):
+            raise ValueError('the checkpoint was trained by another optimizer (Adam, or Muon, which has muon_lr): choose that one')
+        with checkpoint.blaming('the checkpoint'):
+            for name, part in self.parts.items():
+                if part is not self.scaler or state[name]:     # a run without fp16 had no scale: begin with the usual one
+                    shard.load(part, state[name], **({} if strict or name != 'model' else {'strict': False}))
+            self.step, self.seed, self.seconds = int(state['step']), int(state['seed']), float(state['seconds'])
+            self.counted_from = tuple(state.get('counted_from', (0, 0)))
+
+
+def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Adam for those weights that learn, all of them in one kernel where the device has one."""
+    number('train_lr', lr, 0)
+    weights = [weight for weight in weights if weight.requires_grad]
+    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights))
 
 
 def amp_dtype(device: torch.device) -> torch.dtype:

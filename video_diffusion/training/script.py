@@ -1,39 +1,106 @@
-"""What train.py and sample.py need beside the library: errors in one line, an allocator that suits tensors, clips to train on."""
+"""What train.py and sample.py share: a table of flags that is also their help, errors in one line, clips to train on."""
 
-import ctypes
+import argparse
+import os
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ..data import shapes
-from ..data.dataset import clip_shape, find_clips
+from ..data.folder import ClipFolder
 from ..distributed import Processes
+
+# With VIDEO_DIFFUSION_TINY=1 every run is over in seconds: to try a command, and to test those of the README.
+TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=8, dim_mults=(1, 2), batch_size=2, sample_every=2, sample_rows=1,
+            sample_steps=2)
+
+
+class Flag(NamedTuple):
+    """A row of the table: `--name value  help [default]`."""
+    name: str
+    kind: object                        # a type; a tuple of all that may be given; bool: there or not; 'switch': --x or --no-x
+    default: object
+    help: str
+    only: str | None = None             # the --stage that it belongs to; None: every one
+    many: bool | str = False            # several values; 'again': by giving the flag again
+    metavar: str | None = None
+    alias: str | None = None
+
+    @property
+    def dest(self) -> str:
+        return self.name.removeprefix('--').replace('-', '_')
+
+
+def parse(doc: str, groups: dict[str, list[Flag]], table: dict) -> tuple[argparse.Namespace, dict]:
+    """The flags with their defaults, and which of them were really given. `table` has the defaults that depend on the device."""
+    parser = argparse.ArgumentParser(
+        usage='%(prog)s [what to work on] [--flag value ...]', description=doc, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=132),
+        epilog='[default], or [on a CPU | on a GPU; with --stage vae on a CPU | on a GPU]')
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            names = [flag.name] + [flag.alias] * (flag.alias is not None)
+            group.add_argument(*names, help=f'{flag.help} {default_text(flag, table.get(flag.dest))}'.strip(), **kind_of(flag))
+    given = vars(parser.parse_args())
+    defaults = {flag.dest: flag.default for flags in groups.values() for flag in flags}
+    if os.environ.get('VIDEO_DIFFUSION_TINY'):
+        tiny = {name: value for name, value in TINY.items() if name in defaults}
+        defaults |= tiny
+        given |= {name: min(given[name], 2 * value) for name, value in tiny.items() if name in given and name != 'dim_mults'}
+    return argparse.Namespace(**{**defaults, **given}), given
+
+
+def kind_of(flag: Flag) -> dict:
+    """The same in argparse's words."""
+    if flag.kind is bool:
+        return dict(action='store_true')
+    if flag.kind == 'switch':
+        return dict(action=argparse.BooleanOptionalAction)
+    words = dict(choices=flag.kind) if isinstance(flag.kind, tuple) else dict(type=flag.kind, metavar=flag.metavar or 'N')
+    if not flag.name.startswith('--'):
+        words = dict(type=flag.kind, nargs='?')
+    how = {False: {}, True: dict(nargs='+'), 'again': dict(action='append')}[flag.many]
+    return {**words, **how}
+
+
+def default_text(flag: Flag, table: tuple | None) -> str:
+    if table is None:
+        return f'[{flag.default}]' if flag.default not in (None, False, (), []) else ''
+
+    def words(value):
+        if isinstance(value, bool):
+            return 'on' if value else 'off'
+        return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    columns = [' | '.join(dict.fromkeys(map(words, column))) for column in table if column]
+    return '[' + '; vae '.join(dict.fromkeys(columns)) + ']'
 
 
 @contextmanager
 def one_line_errors(name: str):
-    """End with one sentence and exit code 2 where the user can help it; other errors keep their traceback."""
+    """End with one sentence and exit code 2 where the user can help it. `--debug`, and what is our own fault, shows a traceback.
+
+    Whose fault is a ValueError? One that a line of this library raises is a sentence for the user; one that comes out of torch,
+    einops or Python itself is a fault of ours.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if '--debug' in sys.argv or isinstance(error, ValueError) and not raised_here(error):
+            raise
         print(f'{name}: {error}', file=sys.stderr)
         sys.exit(2)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for the next tensor of that size (Linux; elsewhere nothing happens).
-
-    By default it returns every block above 32 MB to the system and takes it back at the next step, page by
-    page, each page zeroed first: with large clips that costs a CPU more than half of its time.
-    """
-    try:
-        libc = ctypes.CDLL('libc.so.6')
-        most_mapped_blocks, trim_threshold = -4, -1  # names of glibc's mallopt parameters
-        libc.mallopt(most_mapped_blocks, 0)
-        libc.mallopt(trim_threshold, 2 ** 31 - 1)
-    except (OSError, AttributeError):
-        pass  # not glibc
+def raised_here(error: Exception) -> bool:
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    package = Path(__file__).parents[1]
+    file = Path(trace.tb_frame.f_code.co_filename)
+    return package in file.parents or file.parent == package.parent
 
 
 def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: Processes) -> Path:
@@ -45,16 +112,17 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: 
         shapes.make_shapes(unfinished, count, size, frames)
         unfinished.rename(folder)
     processes.any(False)  # the others wait here until it is drawn
-    there = len(find_clips(folder)), *clip_shape(folder)
+    clips = ClipFolder(folder)
+    there = len(clips.paths), *clips.shape()
     if there != (count, frames, size, size):
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
                          f'world asked for ({count} clips of {frames} frames of {size}x{size}): remove it first')
     return folder
 
 
-def like_the_clips(folder: str | Path, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
+def like_the_clips(clips: ClipFolder, fps: float | None, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
     """Frames, height and width like those of the clips, but not too large for a first run; sides are multiples."""
-    frames, height, width = clip_shape(folder)
+    frames, height, width = clips.shape(fps)
     shrink = min(1., largest / max(height, width))
     height, width = (max(multiple, round(side * shrink) // multiple * multiple) for side in (height, width))
     return min(frames, most_frames), height, width

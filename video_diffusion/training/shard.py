@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..distributed import Processes
-from ..networks.unet3d import BLOCKS
+from ..networks import BLOCKS
 
 
 def shard_weights(diffusion: nn.Module, processes: Processes) -> None:
@@ -75,9 +75,9 @@ def share(state, like):
     return distribute_tensor(state, like.device_mesh, like.placements, src_data_rank=None)  # None: each from its own copy
 
 
-def load(part, state: dict) -> None:
-    """`part.load_state_dict(state)` of a whole state, for a model, an EMA or an optimiser, sharded or not."""
+def load(part, state: dict, **how) -> None:
+    """`part.load_state_dict(state, **how)` of a whole state, for a model, an EMA or an optimiser, sharded or not."""
     like = part.state_dict()
     if isinstance(part, torch.optim.Optimizer):                  # has no state before its first step; then it is as the weights
         like = {'state': dict(enumerate(weight for group in part.param_groups for weight in group['params']))}
-    part.load_state_dict(share(state, like))
+    part.load_state_dict(share(state, like), **how)

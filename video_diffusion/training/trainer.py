@@ -8,7 +8,9 @@ In `results_folder`: `model-<milestone>.pt`, a tiled `<milestone>.gif` of sample
 `log.csv`.
 """
 
+import copy
 import math
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,15 +20,21 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.dataset import CLIPS, IMAGES, GifDataset, seeded_generator
-from ..data.gif import video_tensor_to_gif
+from ..checks import number, whole
+from ..data.dataset import GifDataset, seeded_generator
+from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
+from ..data.show import enlarged
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
+from ..diffusion.sampling import Sampling
 from ..distributed import Processes, best_device
 from ..networks.text import CaptionCache
 from . import lr_schedule
 from .ema import EMA
-from .loop import TrainingLoop
+from .loop import TrainingLoop, adam
+from .lora_run import Learnt, check_lora, lora_config
+from .memory import keep_freed_memory
+from .muon import Muon, split
 from .shard import shard_weights
 
 
@@ -34,89 +42,85 @@ class Trainer(TrainingLoop):
     def __init__(
         self,
         diffusion: GaussianDiffusion,
-        folder: str | Path,
+        folder: str | Path | ClipFolder,
         *,
-        ema_decay: float = 0.995,
-        train_batch_size: int = 32,              # clips in one forward pass of one process
-        train_lr: float = 1e-4,
-        train_num_steps: int = 100000,
-        gradient_accumulate_every: int = 2,      # forward passes in one step
-        amp: bool = False,                       # bf16 or fp16 where the hardware has it
-        step_start_ema: int = 2000,              # before this step the average just follows the weights
-        update_ema_every: int = 10,
-        save_and_sample_every: int = 1000,
-        results_folder: str | Path = './results',
-        num_sample_rows: int = 4,                # samples per milestone: the square of this
-        max_grad_norm: float | None = None,
-        num_frames: int | None = None,           # if given, must be the diffusion's own
-        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
+        ema_decay: float = 0.995, step_start_ema: int = 2000, update_ema_every: int = 10,  # before step_start_ema it only follows
         ema_warmup: bool = False,                # see ema.py
+        train_batch_size: int = 32,              # clips in one forward pass of one process
+        gradient_accumulate_every: int = 2,      # forward passes in one step
+        train_lr: float = 1e-4, train_num_steps: int = 100000,
+        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
+        max_grad_norm: float | None = None,
+        amp: bool = False,                       # bf16 or fp16 where the hardware has it
+        save_and_sample_every: int = 1000, results_folder: str | Path = './results', log_every: int = 10,
+        num_sample_rows: int = 4,                # samples per milestone: the square of this; how they are drawn: see Sampling
+        cond_scale: float = 1., sampler: str = 'ddpm', sample_steps: int | None = None,
+        num_frames: int | None = None,           # of no effect, and not needed: clips have as many as the diffusion draws
         null_cond_prob: float = 0.1,             # drop captions this often, so that guidance has its null
         noise_bias: float = 1.,                  # above 1: more of the noisy steps, see `draw`
         horizontal_flip: bool = False,
         random_window: bool = False,             # of clips longer than num_frames
-        cond_scale: float = 1.,                  # the next three say how to sample at milestones
-        sampler: str = 'ddpm',
-        sample_steps: int | None = None,
-        log_every: int = 10,                     # look at the loss: on a GPU, the only time a step waits for it
-        seed: int = 0,
+        fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         strict: bool = False,                    # a damaged clip is an error, not a warning
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
+        muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
+        seed: int = 0,
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
-        if num_frames not in (None, diffusion.num_frames):
-            raise ValueError(f'num_frames={num_frames}: the diffusion was built for {diffusion.num_frames} frames')
-        if images and latent_cache is not None:
-            raise ValueError('images=True tells images from clips by their pixels, which latent_cache keeps away: leave out one')
-        if shard and compile:
-            raise ValueError('shard=True borrows weights in the middle of what compile=True would fuse: leave out one')
+        check_options(diffusion, num_frames, num_sample_rows, noise_bias, null_cond_prob, images, latent_cache, compile, shard)
+        self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)
+        self.sampling = Sampling(sampler, sample_steps, cond_scale)
+        self.sampling.check(diffusion.num_timesteps, has_cond=self.use_captions)
         processes = processes or Processes(device=best_device())
         shard = shard and processes.world_size > 1           # the share of one that is alone is all
-        if shard:
-            shard_weights(diffusion, processes)
-        diffusion.to(processes.device)
-        dataset = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
-                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
-                             exts=CLIPS + IMAGES if images else CLIPS)
-        self.clips = dataset
-        if latent_cache is not None:
-            dataset = LatentCache(dataset, diffusion, latent_cache, processes)
-        weights = [p for p in diffusion.parameters() if p.requires_grad]
+        begin(diffusion, processes, shard)
+        self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
+                                horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
+                                fps=fps, clips_per_video=clips_per_video, exts=CLIPS + IMAGES if images else CLIPS)
         super().__init__(
-            diffusion, dataset,
-            optimizer=torch.optim.Adam(weights, lr=train_lr, fused=processes.device.type in ('cpu', 'cuda')),
+            diffusion, self.clips if latent_cache is None else LatentCache(self.clips, diffusion, latent_cache, processes),
+            optimizer=(adam(diffusion.parameters(), train_lr) if muon_lr is None else
+                       Muon(*split(diffusion), lr=train_lr, muon_lr=muon_lr)),
             ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
             save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
             processes=processes)
-        if num_sample_rows < 1:
-            raise ValueError(f'num_sample_rows={num_sample_rows}: give 1 or more')
-        if noise_bias <= 0:
-            raise ValueError(f'noise_bias={noise_bias}: give a number above 0')
-        self.diffusion = diffusion
-        self.null_cond_prob, self.noise_bias = null_cond_prob, noise_bias
-        self.images = images
-        self.num_samples = num_sample_rows ** 2
-        self.sampling = dict(cond_scale=cond_scale, sampler=sampler, steps=sample_steps)
-        self.use_captions = getattr(diffusion.denoise_fn, 'has_cond', False)
-        self.enlarges = getattr(diffusion, 'low_res', None) is not None
-        if self.use_captions and dataset.captions is None:
-            raise ValueError(f'the model is conditional, but the clips in {folder} have no captions: put a clip.txt '
-                             'beside each clip.gif, or build the model without cond_dim')
-        if processes.is_main:
-            print(f'{len(dataset)} clips in {folder}' + (', with captions' if dataset.captions else ''))
-        encoder = diffusion.text_encoder
-        learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
-        self.cache = None if learns else CaptionCache(diffusion.embed)      # each caption goes through a frozen encoder once
+        self.null_cond_prob, self.noise_bias, self.images = null_cond_prob, noise_bias, images
+        self.num_samples, self.enlarges = num_sample_rows ** 2, getattr(diffusion, 'low_res', None) is not None
+        self.prepare_captions(folder)
         if compile:
             diffusion.denoise_fn.compile()       # in place: the weights keep their names
-        self.model = diffusion
-        if processes.world_size > 1 and not shard:
-            self.model = DistributedDataParallel(diffusion, broadcast_buffers=False)
+        several = processes.world_size > 1 and not shard
+        self.model = DistributedDataParallel(diffusion, broadcast_buffers=False) if several else diffusion
+        self.lora = lora_config(diffusion)
+        if self.lora:
+            self.parts['model'] = Learnt(diffusion)      # checkpoints leave out what is frozen
+
+    def prepare_captions(self, folder: str | Path) -> None:
+        captions, encoder = self.dataset.captions, self.diffusion.text_encoder
+        if self.use_captions and captions is None:
+            raise ValueError(f'the model is conditional, but the clips in {folder} have no captions: put a clip.txt '
+                             'beside each clip.gif, or build the model without cond_dim')
+        if self.processes.is_main:
+            print(f'{len(self.dataset)} clips in {folder}' + (', with captions' if captions else ''))
+        learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
+        self.cache = None if learns else CaptionCache(self.diffusion.embed)   # each caption goes through a frozen encoder once
+
+    # The names that scripts written for video-diffusion-pytorch type
+
+    opt = property(lambda self: self.optimizer)
+    ds = property(lambda self: self.clips)
+    dl = property(lambda self: self.batches())
+
+    @property
+    def ema_model(self) -> GaussianDiffusion:
+        """A copy of the model that holds the averaged weights."""
+        with self.ema.average_parameters():
+            return copy.deepcopy(self.diffusion)
 
     def train(
         self,
@@ -125,6 +129,7 @@ class Trainer(TrainingLoop):
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        number('prob_focus_present', prob_focus_present, 0, 1)
         self.prob_focus_present = prob_focus_present
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
@@ -183,9 +188,9 @@ class Trainer(TrainingLoop):
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, prompts, self.num_samples, batch_size=self.batch_size, seed=self.seed,
-                                 processes=self.processes, low_res=self.small_clips(), **self.sampling)
+                                 processes=self.processes, low_res=self.small_clips(), **self.sampling.changed())
         if self.processes.is_main:
-            video_tensor_to_gif(videos, path)
+            write_clip(enlarged(videos), path, self.clips.fps)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
         return path
@@ -205,20 +210,51 @@ class Trainer(TrainingLoop):
         return self.diffusion.shrink(self.clips.floats(torch.stack(clips)))
 
     def config(self) -> dict:
-        return self.diffusion.config()
+        return {**self.diffusion.config(), **({'lora': self.lora} if self.lora else {})}
 
     def has_config(self, config: dict) -> bool:
+        check_lora(self.lora, config.get('lora'))
         return self.diffusion.has_config(config)
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), 'sampling': self.sampling}  # how sample.py draws unless it is told otherwise
+        return {**super().state_dict(), 'sampling': self.sampling.changed()}  # how sample.py draws unless it is told otherwise
+
+
+def check_options(
+    diffusion: GaussianDiffusion, num_frames: int | None, num_sample_rows: int, noise_bias: float, null_cond_prob: float,
+    images: bool, latent_cache: str | Path | None, compile: bool, shard: bool,
+) -> None:
+    if num_frames not in (None, diffusion.num_frames):
+        warnings.warn(f'num_frames={num_frames} has no effect: the diffusion was built for {diffusion.num_frames} frames',
+                      stacklevel=3)
+    whole('num_sample_rows', num_sample_rows, 1)
+    number('noise_bias', noise_bias, above=0)
+    number('null_cond_prob', null_cond_prob, 0, 1)
+    if images and latent_cache is not None:
+        raise ValueError('images=True tells images from clips by their pixels, which latent_cache keeps away: leave out one')
+    if shard and compile:
+        raise ValueError('shard=True borrows weights in the middle of what compile=True would fuse: leave out one')
+
+
+def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> None:
+    """The model on its device, the same in all processes before anything is copied from it."""
+    if shard:
+        shard_weights(diffusion, processes)
+    diffusion.to(processes.device)
+    if not shard:
+        processes.begin_alike(diffusion)
+    if processes.device.type == 'cpu':
+        keep_freed_memory()
 
 
 def sample_many(
     diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
-    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, **sampling,
+    processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, first_frames: Tensor | None = None,
+    **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
+    whole('batch_size', batch_size, 1)
+    whole('count', count, 1)
     draw = diffusion.sample if num_frames is None else partial(diffusion.sample_long, num_frames)
     batches = math.ceil(count / batch_size)
     parts = {}  # number of a batch -> videos. Its number goes into its seed, so that who draws it does not matter.
@@ -226,8 +262,9 @@ def sample_many(
         # Who has none left draws one again: were it only to wait, the others would wait for its share of sharded weights.
         number = (turn * processes.world_size + processes.rank) % batches
         rows = slice(number * batch_size, min(count, (number + 1) * batch_size))
-        if low_res is not None:
-            sampling['low_res'] = low_res.expand(count, -1, -1, -1, -1)[rows]
+        for name, clips in (('low_res', low_res), ('first_frames', first_frames)):      # one for all, or one for each
+            if clips is not None:
+                sampling[name] = clips.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
             prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
             progress=processes.is_main, **sampling).cpu()

@@ -27,8 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import checks
 from ..data.dataset import GifDataset, seeded_generator
-from ..data.gif import video_tensor_to_gif
+from ..data.folder import ClipFolder, write_clip
+from ..data.show import enlarged
 from ..distributed import Processes, best_device
 from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
 from ..vae.frame_shares import agree_on_shares, has_special_first_frame
@@ -38,7 +40,7 @@ from ..vae.vae_checkpoint import vae_config
 from ..vae.vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 from . import lr_schedule
 from .ema import EMA
-from .loop import TrainingLoop
+from .loop import TrainingLoop, adam
 
 
 class VAETrainer(TrainingLoop):
@@ -48,7 +50,7 @@ class VAETrainer(TrainingLoop):
     def __init__(
         self,
         vae: nn.Module,
-        folder: str | Path,
+        folder: str | Path | ClipFolder,
         *,
         image_size: int | tuple[int, int],
         num_frames: int,
@@ -76,53 +78,42 @@ class VAETrainer(TrainingLoop):
         lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
         horizontal_flip: bool = False,
         random_window: bool = False,             # of clips longer than num_frames
-        log_every: int = 10,
-        seed: int = 0,
+        fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
+        log_every: int = 10, seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         processes = processes or Processes(device=best_device())
-        dataset = GifDataset(folder, image_size, vae.config['in_channels'], num_frames,
-                             horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict)
-        if min(dataset.size) < 11:
-            raise ValueError(f'image_size={image_size}: SSIM is measured in windows of 11 pixels, so give 11 or more')
-        if not 0 <= image_share <= 1:
-            raise ValueError(f'image_share={image_share}: give a number from 0 to 1')
-        if image_steps < 0:
-            raise ValueError(f'image_steps={image_steps}: give 0 or more')
-        if image_steps >= train_num_steps > 0:
-            raise ValueError(f'image_steps={image_steps} of {train_num_steps} steps: clips would never be seen; give fewer, or '
-                             'image_share=1 to train on images alone')
+        refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
+        dataset, self.held_out = clips_to_train_and_measure_on(
+            folder, held_out, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
+            random_window=random_window, fps=fps, clips_per_video=clips_per_video, seed=seed, strict=strict)
         has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
-        self.held_out = dataset.hold_out(min(held_out, max(1, len(dataset) // 10)))
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
 
         self.vae = vae.to(processes.device).train()
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
-        self.discriminator = None if disc_start is None else Discriminator(vae.config['in_channels']).to(processes.device)
-        self.disc_start, self.disc_weight = disc_start, disc_weight
         self.kl_weight, self.image_share, self.image_steps = kl_weight, image_share, image_steps
-
-        def adam(*modules, betas):
-            weights = [p for module in modules for p in module.parameters() if p.requires_grad]
-            return torch.optim.Adam(weights, lr=train_lr, betas=betas, fused=processes.device.type in ('cpu', 'cuda'))
+        processes.begin_alike(vae)
         super().__init__(
-            vae, dataset, optimizer=adam(vae, self.loss, betas=(0.9, 0.99)),
-            ema=EMA(vae, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
-            accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
-            max_grad_norm=max_grad_norm, amp=amp, step_start_ema=0, update_ema_every=1,
-            save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
-            processes=processes)
+            vae, dataset, optimizer=adam((*vae.parameters(), *self.loss.parameters()), train_lr, betas=(0.9, 0.99)),
+            ema=EMA(vae, ema_decay, warmup=ema_warmup), batch_size=train_batch_size, accumulate=gradient_accumulate_every,
+            num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule, max_grad_norm=max_grad_norm, amp=amp,
+            step_start_ema=0, update_ema_every=1, save_and_sample_every=save_and_sample_every, log_every=log_every,
+            results_folder=results_folder, seed=seed, processes=processes)
         self.parts['loss'] = self.loss
-        if self.discriminator is not None:
-            self.disc_optimizer = adam(self.discriminator, betas=(0.5, 0.9))      # a critic that remembers less
-            self.parts |= {'discriminator': self.discriminator, 'disc_optimizer': self.disc_optimizer}
-        for part in filter(None, (vae, self.discriminator)):
-            processes.begin_alike(part)
-        self.ema.copy()
+        self.disc_start, self.disc_weight = disc_start, disc_weight
+        self.discriminator = None if disc_start is None else self.begin_critic()
         self.share_clips(True)
+
+    def begin_critic(self) -> Discriminator:
+        critic = Discriminator(self.vae.config['out_channels']).to(self.device)
+        self.processes.begin_alike(critic)
+        self.disc_optimizer = adam(critic.parameters(), self.train_lr, betas=(0.5, 0.9))      # a critic that remembers less
+        self.parts |= {'discriminator': critic, 'disc_optimizer': self.disc_optimizer}
+        return critic
 
     def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
         """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
@@ -151,7 +142,7 @@ class VAETrainer(TrainingLoop):
             with self.autocast():
                 adversarial = generator_loss(self.discriminator(reconstruction, piece).float(), frames)
             weight = self.disc_weight * adaptive_weight(
-                nll, adversarial, self.vae.last_layer, average=self.processes.mean).to(self.device)
+                nll, adversarial, self.vae.last_layer, average=self.processes.mean, scale=self.scaler.scale(torch.ones_like(nll)))
             self.discriminator.requires_grad_(True)
         loss = nll + self.kl_weight * kl + weight * adversarial
         self.backward(loss / self.processes.world_size)      # gradients are summed over all processes
@@ -164,6 +155,9 @@ class VAETrainer(TrainingLoop):
         if is_last and self.processes.world_size > 1:
             for optimizer in self.optimizers():
                 sum_gradients(optimizer.param_groups[0]['params'], dist.group.WORLD)
+        if self.scaler.is_enabled():                         # its scale may be too large for a step, which is then left out
+            weight = weight.nan_to_num()
+        loss = nll + self.kl_weight * kl + weight * adversarial
         return torch.stack([loss, error, kl, adversarial, weight, critic]).detach()
 
     @property
@@ -237,7 +231,7 @@ class VAETrainer(TrainingLoop):
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            video_tensor_to_gif(torch.cat(rows).cpu(), path)                                           # b c f h 3*w
+            write_clip(enlarged(torch.cat(rows).cpu()), path, self.dataset.fps)                                  # b c f h 3*w
         self.processes.any(False)                            # the others wait until it is drawn
         return path
 
@@ -269,6 +263,28 @@ class VAETrainer(TrainingLoop):
 
     def config(self) -> dict:
         return vae_config(self.vae)
+
+
+def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: float, image_share: float, image_steps: int,
+                        held_out: int, train_num_steps: int) -> None:
+    checks.number('kl_weight', kl_weight, 0)
+    checks.number('disc_weight', disc_weight, 0)
+    checks.whole('disc_start', disc_start, 0)
+    checks.number('image_share', image_share, 0, 1)
+    checks.whole('image_steps', image_steps, 0)
+    checks.whole('held_out', held_out, 1)
+    if image_steps >= train_num_steps > 0:
+        raise ValueError(f'image_steps={image_steps} of {train_num_steps} steps: clips would never be seen; give fewer, or '
+                         'image_share=1 to train on images alone')
+
+
+def clips_to_train_and_measure_on(folder: str | Path, held_out: int, image_size: int | tuple[int, int], channels: int,
+                                  num_frames: int, **reading) -> tuple[GifDataset, GifDataset]:
+    """The clips of a folder, and `held_out` of them, at most a tenth, that are never trained on. `reading`: see GifDataset."""
+    clips = GifDataset(folder, image_size, channels, num_frames, **reading)
+    if min(clips.size) < 11:
+        raise ValueError(f'image_size={image_size}: SSIM is measured in windows of 11 pixels, so give 11 or more')
+    return clips, clips.hold_out(min(held_out, max(1, len(clips) // 10)))
 
 
 def start_from(vae: nn.Module, weights: dict[str, Tensor], ignore: Sequence[str] = ()) -> None:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from .context_parallel import CausalConv3d, Piece
 from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
@@ -102,8 +103,12 @@ class CausalVAE(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
-        refuse_bad_config(dim, dim_mults, time_compression, norm_groups, norm_scope)
-        dims = [round(dim * mult) for mult in dim_mults]
+        dims = widths(self.config)
+        if time_compression not in (1, 2, 4, 8) or time_compression > 2 ** (len(dims) - 1):
+            raise ValueError(f'time_compression={time_compression}: give 1, 2, 4 or 8, at most 2 per step between levels; '
+                             f'{len(dims)} levels allow {min(8, 2 ** (len(dims) - 1))}')
+        checks.one_of('norm_scope', norm_scope, ('clip', 'frame'))
+        checks.number('dropout', dropout, 0, 0.99)
         time_levels = int(math.log2(time_compression))
         self.time_compression, self.space_compression = time_compression, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
@@ -291,13 +296,15 @@ def refuse_bad_pieces(vae: nn.Module, chunk: int | None, tile: int | None, unit:
         raise ValueError(f'tile={tile}: give a multiple of {c} pixels, {4 * c} or more')
 
 
-def refuse_bad_config(dim, dim_mults, time_compression, norm_groups, norm_scope):
-    if time_compression not in (1, 2, 4, 8) or time_compression > 2 ** (len(dim_mults) - 1):
-        raise ValueError(f'time_compression={time_compression}: give 1, 2, 4 or 8, at most 2 per step '
-                         f'between levels; {len(dim_mults)} levels allow {min(8, 2 ** (len(dim_mults) - 1))}')
-    if norm_scope not in ('clip', 'frame'):
-        raise ValueError(f"norm_scope={norm_scope!r}: give 'clip' or 'frame'")
-    for channels in [dim, *(round(dim * mult) for mult in dim_mults)]:
-        if channels % norm_groups:
-            raise ValueError(f'norm_groups={norm_groups} does not divide the {channels} channels of a level: '
+def widths(config: dict) -> list[int]:
+    """The channels of each level of a VAE with these settings, if there can be one."""
+    for name in ('in_channels', 'out_channels', 'latent_channels', 'dim', 'blocks_per_level', 'norm_groups'):
+        checks.whole(name, config[name], 1, 100 if name == 'blocks_per_level' else math.inf)
+    if not 1 <= len(config['dim_mults']) <= 10:
+        raise ValueError(f'dim_mults has {len(config["dim_mults"])} entries: give one for each level, of which there are 1 to 10')
+    dims = [round(config['dim'] * mult) for mult in config['dim_mults']]
+    for channels in dims:
+        if channels < 1 or channels % config['norm_groups']:
+            raise ValueError(f'norm_groups={config["norm_groups"]} does not divide the {channels} channels of a level: '
                              'choose dim and dim_mults so that it does')
+    return dims

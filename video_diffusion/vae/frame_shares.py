@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -65,6 +65,13 @@ def has_special_first_frame(frames: int, compression: int) -> bool:
                      f'that ({with_first}), or a multiple without a special first frame ({without})')
 
 
+def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(channels, frames, height, width) of the latents of videos."""
+    height, width = (side // vae.space_compression for side in image_size)
+    special = has_special_first_frame(num_frames, vae.time_compression)
+    return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
+
+
 def fitting_frames(frames: int, compression: int) -> int:
     """The most of them that make a clip: 1 + 4k or 4k."""
     return frames if frames % compression < 2 else frames // compression * compression + 1
@@ -95,13 +102,19 @@ def gather_frames(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def sum_gradients(parameters, group: dist.ProcessGroup):
-    """After backward(): adds up every parameter's gradient over the group, in every process."""
+    """After backward(): adds up every parameter's gradient over the group, in every process, in one message per dtype."""
+    kinds = {}
     for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:                    # a process without frames
                 parameter.grad = torch.zeros_like(parameter)
-            with named_errors('parameter gradients', group):
-                dist.all_reduce(parameter.grad, group=group)
+            kinds.setdefault(parameter.dtype, []).append(parameter.grad)
+    for grads in kinds.values():
+        flat = torch.cat([grad.flatten() for grad in grads])
+        with named_errors('parameter gradients', group):
+            dist.all_reduce(flat, group=group)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
 
 
 def share_of_noise(x: Tensor, group: dist.ProcessGroup, generator: torch.Generator | None = None) -> Tensor:

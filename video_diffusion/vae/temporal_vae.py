@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..networks.attention import SpatialSelfAttention
 from .causal_blocks import conv_per_frame, doubled_conv, silu
-from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video
+from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video, widths
 from .context_parallel import empty_clip, steps
 from .gaussian import DiagonalGaussian
 from .tiling import in_chunks, in_tiles
@@ -240,10 +240,7 @@ class TemporalVAE(nn.Module):
     ):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ('self', '__class__')}
-        dims = [round(dim * mult) for mult in dim_mults]
-        if wrong := [channels for channels in dims if channels % norm_groups]:
-            raise ValueError(f'norm_groups={norm_groups} does not divide the {wrong[0]} channels of a level: '
-                             'choose dim and dim_mults so that it does')
+        dims = widths(self.config)
         self.time_compression, self.space_compression = 1, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
         self.gradient_checkpointing = gradient_checkpointing

@@ -29,9 +29,7 @@ def vae_from_config(config: dict) -> nn.Module:
 
 def vae_from_state(state: dict) -> nn.Module:
     """The trained VAE, with its averaged weights."""
-    vae = vae_from_config(state['config'])
-    vae.load_state_dict({**state['model'], **state['ema']['average']})
-    return vae.eval()
+    return checkpoint.rebuild(vae_from_config, state).eval()
 
 
 def vae_from_checkpoint(path: str | Path) -> nn.Module:

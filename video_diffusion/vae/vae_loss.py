@@ -18,6 +18,7 @@ share a clip, each gives the average number of frames of a process, even if it h
     nll, error, kl = VAELoss('l1', learn_logvar=True)(video, reconstruction, posterior, frames=video.shape[2])
 """
 
+import math
 from pathlib import Path
 from typing import Callable
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, checks
 from .causal_blocks import Downsample
 from .context_parallel import CausalConv3d, GroupNorm, Piece
 from .gaussian import DiagonalGaussian
@@ -48,16 +49,17 @@ class PerceptualLoss:
                 'https://download.pytorch.org/models/vgg16-397923af.pth and give its path, or leave this loss off')
         from torchvision.models import vgg16
         state = checkpoint.load(weights)
-        network = vgg16(weights=None).features
-        try:
-            network.load_state_dict({name.removeprefix('features.'): value for name, value in state.items()
-                                     if name.startswith('features.')})
-        except RuntimeError as error:
-            raise ValueError(f'{weights} does not hold the weights of torchvision\'s VGG16: {error}') from error
+        with checkpoint.blaming(weights):
+            state = {name.removeprefix('features.'): value for name, value in state.items() if name.startswith('features.')}
+        network = checkpoint.build(lambda _: vgg16(weights=None).features, {}, state, f"{weights} (expected: torchvision's VGG16)")
         self.features = network[:self.layers[-1] + 1].eval().requires_grad_(False).to(device)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """(b c f h w) in [0, 1], twice -> the sum of the distances of all frames."""
+        c, _, h, w = a.shape[1:]
+        if c not in (1, 3) or min(h, w) < 16:
+            raise ValueError(f'the perceptual loss of {c} channels of {h}x{w} pixels: VGG16 sees 1 or 3 channels and halves '
+                             'frames four times, so give 16 pixels or more, or leave this loss off')
         x = rearrange(torch.cat([a, b]), 'b c f h w -> (b f) c h w')
         mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
         x = (x.expand(-1, 3, -1, -1) - mean) / std
@@ -79,14 +81,17 @@ class VAELoss(nn.Module):
         perceptual_weight: float = 1.,
     ):
         super().__init__()
-        if kind not in ('l1', 'l2'):
-            raise ValueError(f"loss {kind!r}: give 'l1' or 'l2'")
+        checks.one_of('loss', kind, ('l1', 'l2'))
+        checks.number('perceptual_weight', perceptual_weight, 0)
         self.kind, self.perceptual, self.perceptual_weight = kind, perceptual, perceptual_weight
         self.logvar = nn.Parameter(torch.zeros(()), requires_grad=learn_logvar)
 
     def forward(self, video: Tensor, reconstruction: Tensor, posterior: DiagonalGaussian,
                 frames: float) -> tuple[Tensor, Tensor, Tensor]:
         """(negative log-likelihood, error of the reconstruction, KL); `frames`: see the top of this file."""
+        if reconstruction.shape != video.shape:
+            raise ValueError(f'a video of shape {tuple(video.shape)} and a reconstruction of {tuple(reconstruction.shape)}: give '
+                             'the VAE as many out_channels as in_channels')
         b, c, _, h, w = video.shape
         difference = reconstruction - video
         error = (difference.abs() if self.kind == 'l1' else difference.square()).sum() / (b * c * frames * h * w)
@@ -139,8 +144,14 @@ def per_frame(scores: Tensor) -> Tensor:
 
 
 def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor,
-                    average: Callable[[Tensor], Tensor] = lambda grad: grad, largest: float = 1e4) -> Tensor:
-    """|gradient of nll| / |gradient of adversarial| at `last_layer`; `average` makes it that of all processes."""
-    norms = [average(torch.autograd.grad(value, last_layer, retain_graph=True, materialize_grads=True)[0]).norm()
+                    average: Callable[[Tensor], Tensor] = lambda grads: grads, scale: Tensor | float = 1.,
+                    largest: float = 1e4) -> Tensor:
+    """|gradient of nll| / |gradient of adversarial| at `last_layer`; `average` makes it that of all processes.
+
+    In fp16 gradients this small are 0, so they are taken `scale` times larger, as a GradScaler takes all others. Where that
+    is too large the answer is NaN, as the gradients then are: the scaler leaves out the step.
+    """
+    grads = [torch.autograd.grad(value * scale, last_layer, retain_graph=True, materialize_grads=True)[0]
              for value in (nll, adversarial)]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=largest)
+    norm, other = average(torch.stack(grads)).flatten(1).norm(dim=1) / scale
+    return torch.where(other.isfinite(), norm / (other + 1e-4), math.nan).clamp(max=largest)

@@ -8,14 +8,14 @@ The networks are the same, only the names differ; the two tables below are the w
 read with `weights_only=True` or as safetensors (`pip install safetensors`), so nothing in them is executed.
 """
 
-import json
 import re
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .. import checkpoint
 from ..vae.causal_vae import CausalVAE
+from .files import load_renamed, read_config, read_safetensors, read_sat, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter; the first line is true of both projects.
 SHARED = [
@@ -49,18 +49,22 @@ FIXED = {'act_fn': 'silu', 'norm_eps': 1e-6, 'use_quant_conv': False, 'use_post_
 def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
     """A folder, or one file in it, as written by `AutoencoderKLCogVideoX.save_pretrained`, sharded or not."""
     config = read_config(path, 'AutoencoderKLCogVideoX', FIXED)
+    state = read_safetensors(path)
+    return load_renamed(checkpoint.hollow(vae_of_diffusers, config, len(state), path), state, diffusers_name, path)
+
+
+def vae_of_diffusers(config: dict) -> CausalVAE:
     channels = config['block_out_channels']
-    vae = CausalVAE(
+    return CausalVAE(
         in_channels=config['in_channels'], out_channels=config['out_channels'],
         latent_channels=config['latent_channels'], norm_groups=config['norm_num_groups'],
         dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels),
         blocks_per_level=config['layers_per_block'],
         time_compression=int(config['temporal_compression_ratio']))
-    return load_renamed(vae, read_safetensors(path), diffusers_name, path)
 
 
-def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426):
-    """Writes config.json and the weights; `scaling_factor` is noted there for the diffusion model."""
+def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426, **more):
+    """Writes config.json and the weights; `scaling_factor`, and more if there is any, is noted there for the diffusion model."""
     config = vae.config
     if config['dim_mults'][0] != 1 or config['norm_scope'] != 'clip':
         raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
@@ -74,20 +78,19 @@ def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: 
         'down_block_types': ['CogVideoXDownBlock3D'] * len(channels),
         'up_block_types': ['CogVideoXUpBlock3D'] * len(channels),
         'layers_per_block': config['blocks_per_level'], 'norm_num_groups': config['norm_groups'],
-        'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor,
+        'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor, **more,
     })
 
 
 def causal_vae_from_sat(path: str | Path, time_compression: int = 4) -> CausalVAE:
     """CogVideoX's `3d-vae.pt`. Its configuration is read off the shapes, all but `time_compression`."""
-    saved = torch.load(path, map_location='cpu', weights_only=True)
-    if 'state_dict' not in saved:
-        raise ValueError(f"{path} holds no 'state_dict': expected a checkpoint like CogVideoX's 3d-vae.pt")
-    state = {name: value for name, value in saved['state_dict'].items() if not name.startswith('loss.')}
-    try:
-        vae = CausalVAE(**sat_config(state), time_compression=time_compression)
-    except KeyError as error:
-        raise ValueError(f"{path} is not a causal VAE of CogVideoX: it has no {error}") from None
+    state = {name: value for name, value in read_sat(path, "CogVideoX's 3d-vae.pt").items() if not name.startswith('loss.')}
+    with checkpoint.blaming(path):
+        try:
+            config = sat_config(state) | {'time_compression': time_compression}
+        except KeyError as error:
+            raise ValueError(f'it is not a causal VAE of CogVideoX: it has no {error}') from None
+    vae = checkpoint.hollow(lambda config: CausalVAE(**config), config, len(state), path)
     return load_renamed(vae, state, sat_name, path)
 
 
@@ -112,71 +115,3 @@ def sat_name(name: str, vae: CausalVAE) -> str:
     last = len(vae.decoder.levels) - 1
     name = re.sub(r'decoder\.levels\.(\d+)', lambda match: f'decoder.levels.{last - int(match[1])}', name)
     return renamed(name, TO_SAT)
-
-
-def renamed(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def load_renamed(vae: nn.Module, state: dict[str, Tensor], their_name, path: str | Path) -> nn.Module:
-    """Strict: every parameter is filled, every tensor of the file used, or an error lists what is wrong."""
-    ours = vae.state_dict()
-    names = {their_name(name, vae): name for name in ours}
-    wrong = [f'missing: {theirs}' for theirs in names if theirs not in state]
-    wrong += [f'not expected: {theirs}' for theirs in state if theirs not in names]
-    both = [(theirs, name) for theirs, name in names.items() if theirs in state]
-    pairs = [(theirs, state[theirs].shape, ours[name].shape) for theirs, name in both]
-    wrong += [f'{theirs} has shape {tuple(a)}, expected {tuple(b)}' for theirs, a, b in pairs if a != b]
-    if wrong:
-        raise ValueError(f'{path} does not fit the {type(vae).__name__}:\n  ' + '\n  '.join(wrong))
-    vae.load_state_dict({name: state[theirs] for theirs, name in names.items()})
-    return vae
-
-
-def safetensors():
-    try:
-        import safetensors.torch  # an extra: imported only where it is used
-    except ImportError as error:
-        raise ImportError('the files of diffusers need safetensors: pip install "video_diffusion[weights]"') from error
-    return safetensors.torch
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    load_file = safetensors().load_file
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
-    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
-    if index:                                            # sharded: the index says which files belong together
-        names = set(json.loads(index[0].read_text())['weight_map'].values())
-        files = [path / name for name in sorted(names)]
-    if len(files) == 0 or (len(files) > 1 and not index):
-        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
-                                'give the path of one file')
-    state = {}
-    for file in files:
-        state |= load_file(file)
-    return state
-
-
-def read_config(path: str | Path, class_name: str, fixed: dict) -> dict:
-    """The config.json that lies in a folder or beside a file; only what `class_name` and `fixed` say can be read."""
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not (folder / 'config.json').is_file():
-        raise FileNotFoundError(f'{folder} holds no config.json: give the folder that save_pretrained wrote')
-    config = json.loads((folder / 'config.json').read_text())
-    other = {key: config[key] for key, value in fixed.items() if config.get(key, value) != value}
-    if config.get('_class_name') != class_name or other:
-        raise ValueError(f"{folder}/config.json describes {config.get('_class_name')} with {other}: "
-                         f'only {class_name} with {fixed} can be read')
-    return config
-
-
-def write_pretrained(folder: str | Path, state: dict[str, Tensor], config: dict):
-    save_file = safetensors().save_file
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.cpu().contiguous() for name, value in state.items()}
-    save_file(state, folder / 'diffusion_pytorch_model.safetensors', metadata={'format': 'pt'})
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')

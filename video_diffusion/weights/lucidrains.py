@@ -54,6 +54,10 @@ LEVEL = {
     '{side}s.{i}.4': ('{side}samples.{i}', LAYER),
 }
 
+# By name, for a shape can mislead: a network with one output channel ends in a convolution of shape (1 c 1 1 1).
+GAIN = r'.*\.norm\.gamma$'                                # (1 c 1 1 1) there, (c) here
+LINEAR = r'(downs|ups)\.\d+\.2\.fn\.fn\.to_.*weight$'    # linear attention's 1 x 1 convolutions (o i 1 1), (o i) here
+
 
 def unet_from_lucidrains(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a Unet3D or GaussianDiffusion of `video-diffusion-pytorch` 0.6, for our `Unet3D.load_state_dict`."""
@@ -64,7 +68,7 @@ def unet_from_lucidrains(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     unknown = sorted(set(state_dict) - set(names))
     if unknown:
         raise ValueError(f'not the weights of a Unet3D of video-diffusion-pytorch 0.6: it has no {", ".join(unknown)}')
-    return {names[name]: squeeze(weight) for name, weight in state_dict.items()}
+    return {names[name]: squeeze(weight, name) for name, weight in state_dict.items()}
 
 
 def unet_to_lucidrains(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -88,18 +92,17 @@ def unet_names(state_dict: dict[str, Tensor]) -> dict[str, str]:
     return {'null_cond_emb': 'null_cond', **names}
 
 
-def squeeze(weight: Tensor) -> Tensor:
-    if weight.ndim == 5 and weight.shape[0] == 1 and weight.shape[2:].numel() == 1:
-        return weight.flatten()          # gain of a norm (1 c 1 1 1) -> (c)
-    if weight.ndim == 5:
-        return weight.squeeze(2)         # 1 x k x k convolution (o i 1 k k) -> (o i k k)
-    return weight.flatten(1) if weight.ndim == 4 else weight  # linear attention's 1 x 1 convolution -> (o i)
+def squeeze(weight: Tensor, their_name: str) -> Tensor:
+    if re.match(GAIN, their_name):
+        return weight.flatten()
+    if re.match(LINEAR, their_name):
+        return weight.flatten(1)
+    return weight.squeeze(2) if weight.ndim == 5 else weight      # a convolution frame by frame: (o i 1 k k), (o i k k) here
 
 
 def unsqueeze(weight: Tensor, their_name: str) -> Tensor:
-    if their_name.endswith('gamma'):
+    if re.match(GAIN, their_name):
         return weight[None, :, None, None, None]
-    if weight.ndim == 4:
-        return weight.unsqueeze(2)
-    is_linear_attention = re.match(r'(downs|ups)\.\d+\.2\.', their_name) and weight.ndim == 2
-    return weight[:, :, None, None] if is_linear_attention else weight
+    if re.match(LINEAR, their_name):
+        return weight[:, :, None, None]
+    return weight.unsqueeze(2) if weight.ndim == 4 else weight

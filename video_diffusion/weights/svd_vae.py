@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import checkpoint
 from ..vae.temporal_vae import TemporalVAE
-from .cogvideox_vae import load_renamed, read_config, read_safetensors, renamed, write_pretrained
+from .files import load_renamed, read_config, read_safetensors, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [
@@ -42,15 +43,22 @@ TO_DIFFUSERS = [
 def temporal_vae_from_diffusers(path: str | Path) -> TemporalVAE:
     """A folder, or one file in it, as written by `AutoencoderKLTemporalDecoder.save_pretrained`, sharded or not."""
     config = read_config(path, 'AutoencoderKLTemporalDecoder', {})
-    channels, blocks = config['block_out_channels'], config['layers_per_block']
+    state = read_safetensors(path)
+    vae = checkpoint.hollow(vae_of_diffusers, config, len(state), path)
+    # Its decoder creates these and never runs them: with one block per level the attention, with three the third.
+    unused = r'decoder\.mid_block\.' + ('attentions' if config['layers_per_block'] == 1 else r'resnets\.([2-9]|\d\d)')
+    with checkpoint.blaming(path):
+        state = ours_in_form({name: w for name, w in state.items() if not re.match(unused, name)})
+    return load_renamed(vae, state, lambda name, _: renamed(name, TO_DIFFUSERS), path)
+
+
+def vae_of_diffusers(config: dict) -> TemporalVAE:
+    channels = config['block_out_channels']
     vae = TemporalVAE(
         in_channels=config['in_channels'], out_channels=config['out_channels'], latent_channels=config['latent_channels'],
-        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels), blocks_per_level=blocks)
-    vae.scaling_factor = config['scaling_factor']
-    # Its decoder creates these and never runs them: with one block per level the attention, with three the third.
-    unused = r'decoder\.mid_block\.' + ('attentions' if blocks == 1 else r'resnets\.([2-9]|\d\d)')
-    state = {name: w for name, w in read_safetensors(path).items() if not re.match(unused, name)}
-    return load_renamed(vae, ours_in_form(state), lambda name, _: renamed(name, TO_DIFFUSERS), path)
+        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels), blocks_per_level=config['layers_per_block'])
+    vae.scaling_factor = float(config['scaling_factor'])
+    return vae
 
 
 def temporal_vae_to_diffusers(vae: TemporalVAE, folder: str | Path):

@@ -1,0 +1,50 @@
+"""Settings that make sense, or one sentence that says what to give: each is checked once, in the class that it belongs to.
+
+    >>> number('eta', 1.5, 0, 1)
+    ValueError: eta=1.5: give a number from 0 to 1
+    >>> whole('steps', 0, 1)
+    ValueError: steps=0: give a whole number, 1 or more
+"""
+
+import math
+from typing import Iterable
+
+from einops import EinopsError
+from einops_exts import check_shape
+from torch import Tensor
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
+
+
+def number(name: str, value: float | None, low: float = -math.inf, high: float = math.inf, *, above: float | None = None) -> None:
+    """Finite, from `low` to `high`, or `above` a number that is not allowed itself. None means that nothing was set, and passes."""
+    if value is None:
+        return
+    fits = not isinstance(value, str) and low <= value <= high and math.isfinite(value) and (above is None or value > above)
+    if not fits:
+        raise ValueError(f'{name}={value!r}: give a number {bounds(low, high, above)}'.rstrip())
+
+
+def whole(name: str, value: int | None, low: int, high: float = math.inf) -> None:
+    if value is not None and not (isinstance(value, int) and low <= value <= high):
+        raise ValueError(f'{name}={value!r}: give a whole number, {bounds(low, high, None)}')
+
+
+def bounds(low: float, high: float, above: float | None) -> str:
+    if above is not None:
+        return f'above {above}' + (f', at most {high}' if math.isfinite(high) else '')
+    if math.isfinite(low) and math.isfinite(high):
+        return f'from {low} to {high}'
+    return f'{low} or more' if math.isfinite(low) else 'that is finite'
+
+
+def video_shape(video: Tensor, channels: int, num_frames: int, height: int, width: int) -> None:
+    try:
+        check_shape(video, 'b c f h w', c=channels, f=num_frames, h=height, w=width)
+    except EinopsError:
+        expected = f'(batch, {channels}, {num_frames}, {height}, {width})'
+        raise ValueError(f'the video has shape {tuple(video.shape)}: expected {expected}, that is '
+                         '(batch, channels, num_frames, height, width)') from None

@@ -1,0 +1,200 @@
+"""The clips in a folder, and what their captions say: one walk, and each caption is read once.
+
+    my_clips/a.gif          my_clips/a.txt           beside it: a text file of the same name
+    my_clips/videos/b.mp4   my_clips/labels/b.txt    or in labels/, beside the folder videos/
+    my_clips/c/d.webm       my_clips/metadata.csv    or all in one table, as on the Hugging Face hub:
+
+        file_name,text
+        c/d.webm,a red ball rolls
+
+A folder of 100,000 clips takes seconds to look through, so do it once:
+
+    clips = ClipFolder('my_clips')
+    frames, height, width = clips.shape()
+    dataset = GifDataset(clips, (height, width), num_frames=frames)     # which would take the name of the folder as well
+"""
+
+import csv
+import os
+import warnings
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor
+
+from .frames import count_frames, naming
+from .gif import picture_shape, read_frames, video_tensor_to_gif
+from .mp4 import import_av, read_video, video_shape, video_tensor_to_mp4
+
+VIDEOS = ('mp4', 'webm', 'mov', 'mkv', 'avi')
+CLIPS, IMAGES = ('gif', *VIDEOS), ('png', 'jpg', 'jpeg')
+MAX_CAPTION = 2**16                             # bytes: a page of text has 3,000
+PICTURE_STARTS = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'RIFF')
+VIDEO_BOXES = (b'ftyp', b'moov', b'mdat', b'wide', b'free', b'skip')        # mp4 and mov: after the length of the box
+
+
+def read_clip(path, channels: int = 3, **how) -> Tensor:
+    """Bytes (c f h w) of any file that may be a clip; `how` is what read_frames in gif.py takes."""
+    return (read_video if is_video(path) else read_frames)(path, channels, **how)
+
+
+def write_clip(video: Tensor, path, fps: float) -> None:
+    """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends."""
+    if is_video(path):
+        video_tensor_to_mp4(video, path, fps)
+    else:
+        video_tensor_to_gif(video, path, duration=round(1000 / fps))
+
+
+def clip_shape(path) -> tuple[int, float, int, int]:
+    """(frames, frames per second, height, width) of a file, without decoding it."""
+    return (video_shape if is_video(path) else picture_shape)(path)
+
+
+def is_video(path) -> bool:
+    return Path(path).suffix[1:].lower() in VIDEOS
+
+
+class ClipFolder:
+    """All files below `folder` with one of these endings that look whole: `paths`, sorted, and `captions`, or None."""
+
+    def __init__(self, folder, exts: tuple[str, ...] = CLIPS, strict: bool = False):
+        self.folder = Path(folder)
+        found, tables = walk(self.folder, exts)
+        if any(map(is_video, found)):
+            import_av()
+        self.paths = without_damaged(found, strict)
+        self.captions = read_captions(self.paths, tables)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def shape(self, fps: float | None = None) -> tuple[int, int, int]:
+        """(frames, height, width) that suit the folder: the median length and the smallest size of a few clips."""
+        frames, rates, heights, widths = zip(*self.some_shapes)
+        return int(median(map(count_frames, frames, rates, [fps] * len(rates)))), min(heights), min(widths)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second: the median of a few clips."""
+        return median(rate for _, rate, _, _ in self.some_shapes)
+
+    @cached_property
+    def some_shapes(self, enough: int = 16) -> list[tuple[int, float, int, int]]:
+        shapes = []
+        for path in sorted(self.paths, key=lambda path: path.suffix[1:].lower() in IMAGES):     # pictures last
+            try:
+                shapes.append(clip_shape(path))
+            except (ValueError, OSError):
+                continue                                    # GifDataset is the one that reports it
+            if len(shapes) == enough:
+                break
+        if not shapes:
+            raise ValueError(f'none of the {len(self.paths)} clips can be read: {shorten(self.paths)}')
+        return shapes
+
+
+def walk(folder: Path, exts: tuple[str, ...]) -> tuple[list[Path], list[str]]:
+    """The files with one of these endings, sorted, and the tables of captions."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f'there is no folder {folder}')
+    endings = tuple('.' + ext.lower().lstrip('.') for ext in ([exts] if isinstance(exts, str) else exts))
+    found, tables = [], []
+    for place, _, names in os.walk(folder):
+        found += [os.path.join(place, name) for name in names if name.lower().endswith(endings)]
+        tables += [os.path.join(place, name) for name in names if name == 'metadata.csv']
+    if not found:
+        raise ValueError(f'no clip in {folder}: looked for files ending in {", ".join(endings)}, in its subfolders too')
+    return [Path(name) for name in sorted(found, key=lambda name: name.split(os.sep))], tables
+
+
+def without_damaged(paths: list[Path], strict: bool) -> list[Path]:
+    """A look at both ends of each file finds what is empty, foreign or cut off; damage inside shows later."""
+    whole, damaged = [], []
+    for path in paths:
+        try:
+            check_ends(path)
+            whole.append(path)
+        except (ValueError, OSError):
+            if strict:
+                raise
+            damaged.append(path)
+    if not whole:
+        raise ValueError(f'none of the {len(paths)} clips can be read: {shorten(damaged)}')
+    if damaged:
+        warnings.warn(f'skipped {len(damaged)} of {len(paths)} files that cannot be read: {shorten(damaged)}')
+    return whole
+
+
+def check_ends(path: Path) -> None:
+    """Only a file without the first or last bytes of its kind has to prove by decoding that it can be read."""
+    with naming(path), open(path, 'rb') as file:
+        start = file.read(12)
+        if start[:4] == b'GIF8':
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b';':
+                read_frames(path, size=(1, 1))
+        elif is_video(path):
+            if start[4:8] not in VIDEO_BOXES and start[:4] not in (b'\x1aE\xdf\xa3', b'RIFF'):     # mkv and webm, avi
+                clip_shape(path)
+        elif not start.startswith(PICTURE_STARTS):
+            read_frames(path, num_frames=1, size=(1, 1))
+
+
+def shorten(names: list, limit: int = 10) -> str:
+    return ', '.join(map(str, names[:limit])) + (f' and {len(names) - limit} more' if len(names) > limit else '')
+
+
+# ------------------------------------------------------------------------------------- captions
+
+
+def read_captions(paths: list[Path], tables: list[str]) -> list[str] | None:
+    listed = {}
+    for table in tables:
+        listed |= read_table(table)
+    captions = [read_caption(path) or listed.get(str(path), '') for path in paths]
+    missing = [path for path, caption in zip(paths, captions) if not caption]
+    if len(missing) == len(paths):
+        return None
+    if missing:
+        raise ValueError(f'{len(missing)} of {len(paths)} clips have no caption, {missing[0]} for one: '
+                         'give each clip a text file of its name, or a line in metadata.csv, or none')
+    return captions
+
+
+def read_caption(clip: Path) -> str:
+    """From clip.txt beside it, or from labels/ beside its folder videos/; '' if there is none."""
+    places = [clip.with_suffix('.txt')]
+    if 'videos' in clip.parts[:-1]:
+        at = len(clip.parts) - 1 - clip.parts[::-1].index('videos')         # the innermost one
+        places.append(Path(*clip.parts[:at], 'labels', *clip.parts[at + 1:]).with_suffix('.txt'))
+    for place in filter(Path.is_file, places):
+        with open(place, 'rb') as file:
+            return decoded(file.read(MAX_CAPTION + 1), place)
+    return ''
+
+
+def decoded(text: bytes, place) -> str:
+    if len(text) > MAX_CAPTION:
+        raise ValueError(f'{place} is too long for a caption: up to {MAX_CAPTION} bytes are read')
+    try:
+        return ' '.join(text.decode('utf-8-sig').split())                   # newlines fold to spaces
+    except UnicodeDecodeError:
+        raise ValueError(f'{place} is not UTF-8: save the caption as UTF-8 text') from None
+
+
+def read_table(table: str) -> dict[str, str]:
+    """{path of a clip: its caption}"""
+    try:
+        with open(table, newline='', encoding='utf-8-sig') as file:
+            rows = csv.DictReader(file)
+            columns = [next((name for name in rows.fieldnames or () if name in names), None)
+                       for names in (('file_name', 'file'), ('text', 'caption'))]
+            if None in columns:
+                raise ValueError('its first line must name the columns: file_name,text or file,caption')
+            pairs = [(row[columns[0]], row[columns[1]]) for row in rows]
+    except (ValueError, csv.Error) as error:                                # UnicodeDecodeError is a ValueError
+        raise ValueError(f'{table} cannot be read: {error}') from None
+    place = os.path.dirname(table)
+    return {os.path.normpath(os.path.join(place, name)): ' '.join((words or '').split()) for name, words in pairs if name}

@@ -1,0 +1,113 @@
+"""From noise to a video: the settings, checked in one place, and what is wrapped around what.
+
+A sampler (samplers.py) asks a denoiser again and again what the clean video is. Everything that steers a video wraps
+that denoiser, from the inside out:
+
+    network -> led by cond (guidance.py) -> clipped -> made to fit the known frames (known_frames.py) -> sampler
+
+    >>> diffusion.sample(['a red ball'], 2., sampler='dpm++2m', steps=10)        # keywords are the fields of Sampling
+    >>> Trainer(diffusion, 'my_gifs', sampler='dpm++2m', sample_steps=10)        # the same, at milestones; kept in checkpoints
+
+A setting that makes no sense is refused before anything is drawn, or trained.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from functools import partial
+
+from torch import Tensor
+
+from ..checks import number, one_of
+from . import guidance, known_frames, samplers
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw. Trainers keep it in their checkpoints, so that sample.py draws as they did unless it is told otherwise."""
+    sampler: str = 'ddpm'                         # 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m_sde'; see samplers.py
+    steps: int | None = None                      # None: every step the model was trained with
+    cond_scale: float = 1.                        # guidance: 1 follows cond as trained, more exaggerates it
+    spacing: str = 'trailing'                     # 'trailing', 'leading' or 'linspace'
+    eta: float = 0.                               # of 'ddim' only: the share of noise that is fresh
+    guidance_rescale: float = 0.                  # these two are for large scales: see guidance.py
+    dynamic_guidance: float | None = None         # exponent of a scale that grows during sampling
+    wave_guidance: bool = False                   # a scale that jumps about instead, as CogVideoX's does
+    known_by: str | None = None                   # 'network', 'guide' or 'replace', see known_frames.py; None: the best
+    frame_guidance: float | None = None           # weight of 'guide'; None: 5
+
+    def check(self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False) -> None:
+        """Refuse what makes no sense for a model of so many steps that is given cond, a negative, known frames, or not."""
+        samplers.spaced_steps(timesteps, self.steps, self.spacing)
+        one_of('sampler', self.sampler, samplers.SAMPLERS)
+        number('cond_scale', self.cond_scale)
+        number('eta', self.eta, 0, 1)
+        number('guidance_rescale', self.guidance_rescale, 0, 1)
+        number('dynamic_guidance', self.dynamic_guidance, above=0)
+        number('frame_guidance', self.frame_guidance, 0)
+        if self.eta and self.sampler != 'ddim':
+            raise ValueError(f"eta={self.eta} says how much of DDIM's noise is fresh: it means nothing to sampler={self.sampler!r}")
+        led = negative or self.guidance_rescale or self.dynamic_guidance is not None or self.wave_guidance
+        if led and (not has_cond or self.cond_scale in (0, 1)):
+            raise ValueError('negative, guidance_rescale, dynamic_guidance and wave_guidance need guidance: give cond and a '
+                             f'cond_scale above 1 (it is {self.cond_scale})')
+        if self.wave_guidance and self.dynamic_guidance is not None:
+            raise ValueError('dynamic_guidance and wave_guidance are two ways for a scale to change: give one of them')
+        if self.known_by is not None:
+            one_of('known_by', self.known_by, known_frames.WAYS)
+        if self.frame_guidance is not None and self.known_by not in (None, 'guide'):
+            raise ValueError(f"frame_guidance={self.frame_guidance} is the weight of known_by='guide', not of {self.known_by!r}")
+        if not has_known and (self.known_by is not None or self.frame_guidance is not None):
+            raise ValueError('known_by and frame_guidance say how the other frames are made to fit known ones: give first_frames, '
+                             'or known and known_mask')
+
+    def later(self, cond_scale: float | None) -> 'Sampling':
+        """For the windows of a long video after the first. Scales 0 and 1 are without guidance, and without its refinements."""
+        if cond_scale is None:
+            return self
+        unled = dict(guidance_rescale=0., dynamic_guidance=None, wave_guidance=False) if cond_scale in (0, 1) else {}
+        return Sampling(**{**vars(self), **unled, 'cond_scale': cond_scale})
+
+    def scale_at(self, t: int, timesteps: int, steps: int) -> float:
+        """The scale at step t of so many timesteps, of which the sampler takes so many steps."""
+        if self.wave_guidance:
+            return guidance.wave_scale(self.cond_scale, t, steps)
+        if self.dynamic_guidance is not None:
+            return guidance.dynamic_scale(self.cond_scale, 1 - (t + 1) / timesteps, self.dynamic_guidance)
+        return self.cond_scale
+
+    def changed(self) -> dict:
+        """The settings that are not the default: keywords for `sample`, and what a checkpoint holds."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+
+
+@dataclass
+class Request:
+    """What a video is to follow, as the network sees it: for a batch, on its device."""
+    cond: Tensor | None = None                    # b cond_dim
+    negative: Tensor | None = None                # b cond_dim: guide away from this
+    known: Tensor | None = None                   # b c f h w in [-1, 1], of which the
+    known_mask: Tensor | None = None              # b f bool are known
+    way: list[Tensor] | None = field(default=None)    # collects what the sampler goes through, if somebody asks
+
+
+def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: bool) -> Tensor:
+    """Noise (b c f h w) -> a clean video in [-1, 1], by a GaussianDiffusion."""
+    known, mask = request.known, request.known_mask
+    known_by = None
+    if known is not None:
+        known_by = settings.known_by or ('network' if diffusion.prob_cond_frames else 'guide')
+    steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
+    denoise = diffusion.denoiser(
+        request.cond, partial(settings.scale_at, timesteps=diffusion.num_timesteps, steps=len(steps)), negative=request.negative,
+        rescale=settings.guidance_rescale, known=(known, mask) if known_by == 'network' else None)
+    if known_by == 'guide':
+        weight = 5. if settings.frame_guidance is None else settings.frame_guidance
+        limit = math.inf if diffusion.latents else 1.
+        denoise = known_frames.guided(denoise, known, mask, diffusion.alpha, weight, limit)
+    if known is not None and not (diffusion.latents and known_by == 'network'):   # what it is told of latents is only about right
+        denoise = known_frames.replaced(denoise, known, mask)
+    if request.way is not None:
+        denoise = samplers.recorded(denoise, request.way)
+    sampler = partial(samplers.ddim, eta=settings.eta) if settings.eta else samplers.SAMPLERS[settings.sampler]
+    return sampler(denoise, noise, diffusion.alpha_bar, steps, generator=generator, progress=progress)
+

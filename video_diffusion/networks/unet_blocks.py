@@ -1,0 +1,82 @@
+"""What the U-Net is made of beside attention: a number as a vector, convolutions that see every frame alone, ResNet blocks.
+
+    x (b c f h w) -- conv -- group norm -- FiLM (time and condition) -- SiLU -- conv -- group norm -- SiLU -- + --> y
+      `------------------------------- 1x1x1 conv, or nothing ----------------------------------------------'
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class SinusoidalEmbedding(nn.Module):
+    """A number as sines and cosines of geometrically spaced frequencies, from 1 down to 1 / 10000."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = self.dim // 2
+        exponent = torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1))
+        angle = time[:, None] * exponent.exp()[None, :]
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (b, dim)
+
+
+class FrameConv(nn.Conv2d):
+    """A 1 x k x k convolution: a 2-D one that sees every frame as an image of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(super().forward, x)
+
+
+class FrameConvTranspose(nn.ConvTranspose2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(super().forward, x)
+
+
+def per_frame(function, x: Tensor) -> Tensor:
+    """Fold the frames into the batch and back. In channels-last memory neither copies."""
+    y = function(rearrange(x, 'b c f h w -> (b f) c h w'))
+    return rearrange(y, '(b f) c h w -> b c f h w', b=x.shape[0])
+
+
+class Block(nn.Module):
+    """Convolution, group norm over the whole clip, FiLM (a scale and a shift per channel), SiLU."""
+
+    def __init__(self, dim_in: int, dim_out: int, groups: int):
+        super().__init__()
+        self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, dim_out)
+
+    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        """x (b c f h w), scale_shift (b, 2 dim_out)."""
+        x = self.conv(x)
+        if scale_shift is None:
+            return F.silu(self.norm(x))
+        # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
+        scale, shift = scale_shift.chunk(2, dim=1)
+        gain = self.norm.weight * (scale + 1)
+        bias = self.norm.bias * (scale + 1) + shift
+        x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
+        return F.silu(torch.addcmul(bias[:, :, None, None, None], x, gain[:, :, None, None, None]))
+
+
+class ResnetBlock(nn.Module):
+    """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
+
+    def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
+        super().__init__()
+        self.to_scale_shift = nn.Linear(emb_dim, 2 * dim_out) if emb_dim else None
+        self.block1 = Block(dim_in, dim_out, groups)
+        self.block2 = Block(dim_out, dim_out, groups)
+        self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
+        h = self.block1(x, scale_shift)
+        h = self.block2(h)
+        return h + self.shortcut(x)
