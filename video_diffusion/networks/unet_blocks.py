@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .recompute import LITTLE, plainly, recompute
+
 
 class SinusoidalEmbedding(nn.Module):
     """A number as sines and cosines of geometrically spaced frequencies, from 1 down to 1 / 10000."""
@@ -52,9 +54,8 @@ class Block(nn.Module):
         self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
         self.norm = nn.GroupNorm(groups, dim_out)
 
-    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """x (b c f h w), scale_shift (b, 2 dim_out)."""
-        x = self.conv(x)
+    def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        """All but the convolution: x (b c f h w), scale_shift (b, 2c)."""
         if scale_shift is None:
             return F.silu(self.norm(x))
         # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
@@ -68,6 +69,8 @@ class Block(nn.Module):
 class ResnetBlock(nn.Module):
     """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
 
+    little = LITTLE
+
     def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
         super().__init__()
         self.to_scale_shift = nn.Linear(emb_dim, 2 * dim_out) if emb_dim else None
@@ -75,8 +78,17 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(dim_out, dim_out, groups)
         self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """`skip`: more channels of the input, from the other side of the U."""
         scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
-        h = self.block1(x, scale_shift)
-        h = self.block2(h)
-        return h + self.shortcut(x)
+        call = recompute if 8 * x.numel() >= self.little else plainly           # eight tensors would be kept
+        shortcut, h = self.read(x) if skip is None else call(self.read, x, skip)
+        h = call(self.between, h, scale_shift)
+        return call(self.block2.activate, h) + shortcut
+
+    def read(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self.shortcut(x), self.block1.conv(x)
+
+    def between(self, h: Tensor, scale_shift: Tensor | None) -> Tensor:
+        return self.block2.conv(self.block1.activate(h, scale_shift))
