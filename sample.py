@@ -27,7 +27,6 @@ from video_diffusion import GaussianDiffusion, LatentDiffusion, checkpoint, dist
 from video_diffusion.data.folder import clip_shape, read_clip, write_clip
 from video_diffusion.data.frames import check_request, resize_and_crop
 from video_diffusion.data.mp4 import import_av
-from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.known_frames import WAYS
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.diffusion.sampling import Sampling
@@ -93,10 +92,9 @@ def main() -> None:
     processes = distributed.init(device=args.device)
     pretrained = (Path(args.checkpoint) / INDEX).is_file()
     if pretrained:
-        defaults = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1)
-        if args.cond_scale in (0, 1):
-            del defaults['negative']
-        given = defaults | given
+        given = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1) | given
+        if given['cond_scale'] in (0, 1) and args.negative is None:
+            given['negative'] = None                               # '' is one too, and would need guidance
         args = argparse.Namespace(**vars(args) | given)
     state = {'config': {}} if pretrained else checkpoint.load_run(args.checkpoint)
     is_vae = 'vae' in state['config']
@@ -166,7 +164,7 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     out, name = Path(args.out), Path(args.reconstruct).stem
     write_clip(again[0], out / f'{name}.{args.format}', fps)
     compared = torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0]
-    write_clip(enlarged(compared), out / f'{name}-compared.{args.format}', fps)
+    write_clip(compared, out / f'{name}-compared.{args.format}', fps, scale=None)
     print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.{args.format}, '
           f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: '
           f'{out / name}-compared.{args.format}')
@@ -234,7 +232,7 @@ def write(videos: Tensor, prompts: list[str] | None, args: argparse.Namespace, f
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''
         write_clip(video, folder / f'{first + i:03d}{words}.{args.format}', fps)
     together = folder / (f'all.{args.format}' if first == 0 else f'all-from-{first:03d}.{args.format}')
-    write_clip(enlarged(videos), together, fps)
+    write_clip(videos, together, fps, scale=None)
     print(f'{len(videos)} videos are in {folder}, and all of them side by side in {together}')
 
 

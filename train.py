@@ -37,8 +37,8 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
+from video_diffusion.checks import whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
-from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
@@ -166,6 +166,7 @@ def main() -> None:
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
+    whole('seed', args.seed, 0, 2 ** 63 - 1)
     folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)
@@ -347,7 +348,7 @@ def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
         videos = sample_many(trainer.diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed + 1,
                              processes=trainer.processes, **trainer.sampling.changed())
     if trainer.processes.is_main:
-        video_tensor_to_gif(enlarged(videos), trainer.results_folder / 'graded.gif')
+        video_tensor_to_gif(videos, trainer.results_folder / 'graded.gif', scale=None)
         grades = shapes.grade_all(videos, prompts)
         print(f'grade of {count} clips: {grades["lawful"]:.0f}% lawful'
               + (f', {grades["caption_true"]:.0f}% caption-true, {grades["both"]:.0f}% both' if prompts else ''))

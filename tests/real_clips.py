@@ -63,4 +63,7 @@ def grade(results: str) -> None:
 
 
 if __name__ == '__main__':
-    {'make': make, 'grade': grade}[sys.argv[1]](sys.argv[2])
+    what, where = sys.argv[1:] if len(sys.argv) == 3 else ('', '')
+    if what not in ('make', 'grade'):
+        sys.exit(__doc__)
+    {'make': make, 'grade': grade}[what](where)

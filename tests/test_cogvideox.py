@@ -348,6 +348,7 @@ def test_what_cannot_be_drawn(folder, tmp_path):
     for kind, how, says in (
         ('sincos', dict(num_frames=48), 'so give 49'),
         ('sincos', dict(num_frames=13), 'so give'),
+        ('sincos', dict(image_size=(16,)), 'multiples of 8 as height and width'),
         ('sincos', dict(image_size=(20, 24)), 'multiples of 8 as height and width'),
         ('learned', dict(image_size=(24, 24)), 'up to 9 frames of 16x24 only'),
         ('learned', dict(num_frames=17), 'up to 9 frames of 16x24 only'),

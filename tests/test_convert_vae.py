@@ -132,6 +132,7 @@ def test_gradients_equal_those_of_diffusers(small_pair):
     assert relative(vae.encoder.conv_in.weight.grad, peer.encoder.conv_in.conv.weight.grad) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_full_size_network_equals_that_of_diffusers(tmp_path):
     """215 million parameters; the clip is small, as a CPU takes seconds for it."""
     peer = make_peer()

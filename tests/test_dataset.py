@@ -318,6 +318,7 @@ def test_motion_is_no_cut():
 # ------------------------------------------------------------------------------------- signals
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='no process groups here')
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
 def test_signals_to_the_whole_group_leave_the_workers_alive(folder, name):

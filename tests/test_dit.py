@@ -8,8 +8,7 @@ import torch
 from video_diffusion import DiT, GaussianDiffusion, Trainer, Unet3D, WordEncoder, checkpoint, shapes
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.distributed import Processes
-from video_diffusion.networks import network_from_config
-from video_diffusion.networks.dit import DiTBlock
+from video_diffusion.networks import BLOCKS, network_from_config
 from video_diffusion.networks.positions import rope, sincos, step_waves, turn
 from video_diffusion.weights.cogvideox_dit import diffusers_name, diffusers_pieces, dit_config
 
@@ -76,6 +75,19 @@ def turn_in_double(x, angles, **_):
 
 def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
+
+
+def kept(network, given):
+    """How many bytes autograd keeps for the backward pass, weights included."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = network(**given)
+    del graph
+    return sum(storages.values())
 
 
 def gradients(network, output, *inputs):
@@ -156,7 +168,7 @@ def test_blocks_that_are_computed_again_give_the_same(kind):
     plain, again = like_theirs(peer), like_theirs(peer, checkpoint_activations=True)
     given = draw(plain)
     outputs = plain(**given), again(**given)
-    assert torch.equal(*outputs) and plain.config == again.config
+    assert torch.equal(*outputs) and plain.config == again.config and kept(again, given) < 0.35 * kept(plain, given)
     a, b = (gradients(network, output)[1] for network, output in zip((plain, again), outputs))
     for name, gradient in a.items():
         torch.testing.assert_close(gradient, b[name], rtol=1e-6, atol=1e-7, msg=lambda m: f'{name}: {m}')
@@ -325,10 +337,11 @@ def test_a_run_is_trained_saved_and_built_again(tmp_path):
     assert torch.equal(a, b)
     other = GaussianDiffusion(Unet3D(8), image_size=16, num_frames=2, timesteps=10, objective='v', text_encoder=WordEncoder(8))
     assert not again.has_config(other.config()) and not other.has_config(again.config())
+    assert not again.has_config({**again.config(), 'dit': {**dit.config, 'patch': 2}})
 
 
 def test_a_checkpoint_says_which_network_it_holds():
     unet, dit = (network_from_config(config) for config in ({'unet': dict(dim=8)}, {'dit': dict(dim=32, dim_head=16)}))
-    assert isinstance(unet, Unet3D) and isinstance(dit, DiT) and isinstance(dit.blocks[0], DiTBlock)
+    assert isinstance(unet, Unet3D) and isinstance(dit, DiT) and isinstance(dit.blocks[0], BLOCKS)
     with pytest.raises(ValueError, match='a network of your own'):
         network_from_config(GaussianDiffusion(torch.nn.Identity(), image_size=8, num_frames=2).config())

@@ -97,6 +97,7 @@ def test_a_network_that_is_told_sees_only_what_is_known():
     assert not torch.allclose(diffusion.denoise_fn(x, t, known=black, known_mask=mask), diffusion.denoise_fn(x, t))
 
 
+@pytest.mark.slow
 def test_a_network_that_is_told_learns_to_use_it():
     """Clips that stand still: to continue one is to copy it. After training the unknown frames are like the known one."""
     torch.manual_seed(0)

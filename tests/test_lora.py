@@ -342,6 +342,7 @@ def train_in_group(rank, number, clips, results, shard):
     return sum(own(weight).numel() for weight in trainer.parts['model'].parameters())
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_whole_or_sharded(clips, tmp_path):
     one = soften(make_trainer(clips, tmp_path / 'one', train_num_steps=3))
     one.train()

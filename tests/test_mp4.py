@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import struct
+import subprocess
 import sys
 import warnings
 from fractions import Fraction
@@ -142,6 +143,8 @@ def test_gifs_have_times_too(tmp_path):
     assert (gif_to_tensor(tmp_path / 'a.gif', fps=8)[0, :, 0, 0] * 255 / 20).round().tolist() == [0, 3, 5, 8, 10]
     assert (gif_to_tensor(tmp_path / 'a.gif', fps=40)[0, :, 0, 0] * 255 / 20).round().tolist()[:5] == [0, 1, 1, 2, 2]
     assert clip_shape(tmp_path / 'a.gif') == (12, 20, 4, 4)
+    video_tensor_to_gif(video, tmp_path / 'a.gif', duration=0)              # as fast as can be: browsers show ten per second
+    assert clip_shape(tmp_path / 'a.gif')[1] == pytest.approx(10)
 
 
 @pytest.mark.parametrize('name, codec', [('a.mp4', 'libx264'), ('a.mkv', 'libx264'), ('a.mov', 'libx264'), ('a.webm', 'libvpx-vp9'), ('a.avi', 'mpeg4')])
@@ -303,3 +306,21 @@ def test_a_hundred_damaged_films(tmp_path):
             assert f'{number:02}.mp4' in str(error)
             assert f'{number:02}.mp4' in said or 'more' in said
     assert 'whole.mp4' in used and 20 < len(used) < 90
+
+
+PEAK = '''
+import resource, sys, torch
+from video_diffusion import video_tensor_to_mp4
+video_tensor_to_mp4(torch.rand(3, 2, 64, 64), sys.argv[1], scale=2)
+video, peak = torch.rand(3, int(sys.argv[2]), 64, 64), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+video_tensor_to_mp4(video, sys.argv[1], scale=2)
+print(peak() - before)
+'''
+
+
+@pytest.mark.slow
+def test_writing_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path):
+    kilobytes = [int(subprocess.run([sys.executable, '-c', PEAK, tmp_path / 'a.mp4', str(frames)], capture_output=True, check=True,
+                                    timeout=120).stdout) for frames in (50, 1000)]
+    assert kilobytes[1] < kilobytes[0] + 12_000                             # its frames as floats are 188 MB, as bytes 47

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif
+from video_diffusion import checkpoint, gif_to_tensor, shapes, video_tensor_to_gif, video_tensor_to_mp4
+from video_diffusion.data.folder import clip_shape
 from video_diffusion.vae.causal_vae import CausalVAE
 from video_diffusion.weights.cogvideox_vae import causal_vae_to_diffusers
 
@@ -71,6 +72,29 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     assert code == 0 and '2 frames of 8x12' in out
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
     assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 8, 12)
+
+
+def test_a_folder_of_films_in_and_films_out(run):
+    pytest.importorskip('av')
+    for name in ('a', 'b'):
+        video_tensor_to_mp4(torch.rand(3, 1, 16, 16).repeat(1, 30, 1, 1), f'films/{name}.mp4', fps=30, lossless=True)
+    flags = ['--fps', 5, '--clips-per-video', 3, '--random-window', '--num-frames', 3, '--known-frames', 0.5]
+    code, out, err = run('train.py', 'films', *SMALL, *flags)
+    assert code == 0 and '6 clips in films' in out and '3 frames of 16x16' in out, err
+    assert checkpoint.load('results/model-1.pt')['fps'] == 5 and clip_shape('results/1.gif')[1] == pytest.approx(5)
+
+    code, out, _ = run('sample.py', 'results', '--format', 'mp4', '--first-frames', 'films/a.mp4', '--known', 1, '--count', 2, '--device', 'cpu')
+    assert code == 0 and sorted(path.name for path in Path('samples').iterdir()) == ['000.mp4', '001.mp4', 'all.mp4']
+    assert clip_shape('samples/001.mp4')[:3] == (3, 5, 16)
+    code, _, _ = run('sample.py', 'results', '--fps', 20, '--count', 1, '--device', 'cpu')
+    assert code == 0 and clip_shape('samples/000.gif')[1] == pytest.approx(20)
+    code, _, err = run('sample.py', 'results', '--fps', 0)
+    assert code == 2 and 'fps=0' in err and len(err.splitlines()) == 1
+
+    code, _, err = run('train.py', 'films', '--stage', 'vae', *SMALL[:11], '--image-steps', 0, '--fps', 5, '--time-compression', 1, '--device', 'cpu')
+    assert code == 0, err
+    code, out, err = run('sample.py', 'results_vae', '--reconstruct', 'films/a.mp4', '--format', 'mp4', '--fps', 10, '--device', 'cpu')
+    assert code == 0 and clip_shape('samples/a.mp4') == (10, 10, 16, 16), err
 
 
 def test_clips_and_images_together(run, clips):
@@ -176,7 +200,7 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
 
 
 def test_help_says_every_default_in_few_lines():
-    for script, most in (('train.py', 110), ('sample.py', 60)):
+    for script, most in (('train.py', 110), ('sample.py', 64)):
         text = subprocess.run([sys.executable, str(ROOT / script), '--help'], capture_output=True, text=True, check=True,
                               timeout=100).stdout
         assert len(text.splitlines()[0]) < 80 and text.count('\n') < most
@@ -203,6 +227,37 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
         run('train.py', clips, *SMALL)
 
 
+@pytest.mark.parametrize('flags, says', [
+    (('--channels', 1), '--channels 1: the toy world is told apart by its colours'),
+    (('--device', 'banana'), "device='banana': this machine has cpu"),
+    (('--device', 'cuda:x'), "device='cuda:x': this machine has cpu"),
+    (('--steps', 0), 'train_num_steps=0: give a whole number, 1 or more'),
+    (('--max-grad-norm', 0), 'max_grad_norm=0.0: give a number above 0'),
+    (('--num-frames', 0), 'num_frames=0'),
+    (('--noise-bias', 'nan'), 'noise_bias=nan'),
+    (('--dim', 0), 'dim=0'), (('--dim', -8), 'dim=-8'), (('--dim-mults', 0), 'dim_mults=0'), (('--attn-dim-head', 1), 'attn_dim_head=1'),
+    (('--timesteps', 0), 'timesteps=0'), (('--known-frames', 2), 'prob_cond_frames=2'), (('--focus-present', 'nan'), 'prob_focus_present=nan'),
+    (('--offset-noise', -1), 'offset_noise=-1'), (('--null-cond-prob', 5), 'null_cond_prob=5'), (('--cond-scale', 'inf'), 'cond_scale=inf'),
+    (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
+    (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
+    (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),
+])
+def test_nonsense_on_the_command_line_is_one_sentence(run, clips, flags, says):
+    shutil.copytree(clips, 'data/shapes')
+    where = () if flags[0] in ('--toy-clips', '--channels', '--vae') else (clips,)
+    code, _, err = run('train.py', *where, *SMALL, *flags)
+    assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_size_that_does_not_fit_is_said_and_few_diffusion_steps_are_sampled_in_as_many(run, clips):
+    code, _, err = run('train.py', clips, *SMALL, '--image-size', 17)
+    assert code == 2 and '--image-size 17 17: this model takes sides that are multiples of 2' in err
+    assert run('train.py', clips, '--dim', 8, '--dim-mults', 1, 2, '--batch-size', 2, '--steps', 1, '--sample-rows', 1,
+               '--timesteps', 5, '--device', 'cpu')[0] == 0
+    assert checkpoint.load_run('results')['sampling']['steps'] == 5
+
+
+@pytest.mark.slow
 def test_sampling_is_shared_among_processes(run, clips, tmp_path):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a\nb\nc\n')

@@ -102,6 +102,7 @@ def assert_same_run(one, other):
         assert a[0] == b[0] and float(a[1]) == pytest.approx(float(b[1]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_sharded_training_is_training_and_each_process_holds_its_share(train_on, whole, tmp_path):
     for share in train_on(2, tmp_path, shard=True):
         assert share == pytest.approx([0.5] * 4, abs=0.02)   # a tensor may have an odd number of rows
@@ -110,6 +111,7 @@ def test_sharded_training_is_training_and_each_process_holds_its_share(train_on,
     assert ((a - b).abs() > 0.02).float().mean() < 0.01      # a palette can make much of rounding
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(train_on, whole, tmp_path):
     train_on(2, tmp_path, shard=True, steps=2)
     saved = (tmp_path / 'model-1.pt').read_bytes()
@@ -132,6 +134,7 @@ def test_a_run_that_was_whole_goes_on_sharded_and_is_sampled_from(train_on, whol
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['words', 'latent', 'dit'])
 def test_every_kind_of_model_can_be_sharded(train_on, tmp_path, kind):
     """One whose text encoder is asked for tokens and whose blocks are computed twice; one with a VAE that is frozen; a transformer."""
@@ -159,6 +162,7 @@ def test_fusing_and_sharding_are_not_for_one_run(clips, tmp_path):
         Trainer(build('plain'), clips, results_folder=tmp_path, shard=True, compile=True, processes=CPU)
 
 
+@pytest.mark.slow
 def test_muon_makes_of_shares_the_step_that_it_makes_of_the_whole(train_on, tmp_path):
     train_on(1, tmp_path / 'whole', muon_lr=0.01)
     train_on(2, tmp_path / 'shards', muon_lr=0.01, shard=True, steps=2)

@@ -105,6 +105,7 @@ def test_slices_are_computed_again_at_the_precision_of_the_first_time(monkeypatc
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02 * results[0].abs().max().item())
 
 
+@pytest.mark.slow
 def test_the_network_compiles_to_one_graph_and_only_once():
     """A graph break, or a second compilation at a later step of training, would show in the count. All flavours at once, blocks
     computed twice, and one level, for tracing takes its time."""

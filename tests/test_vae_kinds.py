@@ -88,6 +88,7 @@ def fitting_scale(monkeypatch):
     monkeypatch.setattr(torch.amp, 'GradScaler', lambda device, enabled: scaler(device, init_scale=256., enabled=enabled))
 
 
+@pytest.mark.slow
 def test_fp16_trains_both_networks_and_resumes_to_the_last_bit(clips, tmp_path, fp16, fitting_scale):
     whole = make_trainer(clips, tmp_path / 'whole', **fp16)
     before = {name: [p.detach().clone() for p in whole.parts[name].parameters()] for name in ('model', 'discriminator')}

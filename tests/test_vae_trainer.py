@@ -77,6 +77,7 @@ def test_held_out_clips_are_not_trained_on(clips, tmp_path):
     assert not set(trainer.dataset.paths) & set(trainer.held_out.paths)
 
 
+@pytest.mark.slow
 def test_it_learns_to_reconstruct(clips, tmp_path):
     make_trainer(clips, tmp_path, train_num_steps=120, save_and_sample_every=60, train_lr=5e-3, loss='l2', log_every=60,
                  ema_decay=0.9, max_grad_norm=1.).train()
@@ -275,6 +276,7 @@ def three_steps(rank, clips, results, sharers, scope, settings):
     return {name: trainer.parts[name].state_dict() for name in ('model', 'ema', 'discriminator', 'loss')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sharers, batch, scope', [(2, 2, 'frame'), (2, 2, 'clip'), (4, 4, 'frame'), (1, 1, 'frame')])
 def test_four_processes_that_share_clips_or_not_train_like_one(workers, clips, tmp_path, sharers, batch, scope):
     settings = dict(**EVERYTHING | dict(image_steps=1), train_num_steps=3, save_and_sample_every=3, num_frames=8 if sharers == 4 else 5, seed=1)

@@ -39,12 +39,12 @@ def read_clip(path, channels: int = 3, **how) -> Tensor:
     return (read_video if is_video(path) else read_frames)(path, channels, **how)
 
 
-def write_clip(video: Tensor, path, fps: float) -> None:
+def write_clip(video: Tensor, path, fps: float, scale: int | None = 1) -> None:
     """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends."""
     if is_video(path):
-        video_tensor_to_mp4(video, path, fps)
+        video_tensor_to_mp4(video, path, fps, scale=scale)
     else:
-        video_tensor_to_gif(video, path, duration=round(1000 / fps))
+        video_tensor_to_gif(video, path, duration=round(1000 / fps), scale=scale)
 
 
 def clip_shape(path) -> tuple[int, float, int, int]:

@@ -295,7 +295,7 @@ def check_sizes(
         whole('dim_mults', mult, 1)
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f'init_kernel_size={kernel}: give an odd size, so that the output keeps its size')
-    for name, value, least in (('dim', dim, 4), ('attn_dim_head', attn_dim_head, 2)):
+    for name, value, least in (('dim', dim, 4), ('attn_dim_head', attn_dim_head, 4)):
         if value < least or value % 2:
             raise ValueError(f'{name}={value}: give an even number, {least} or more, for it is taken in pairs')
     if dim % groups:

@@ -21,7 +21,7 @@ from ..checks import number
 from .shard import is_share, share
 
 MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)   # layers whose weight is one
-ENDS = ('init_conv', 'final_conv')                                 # where numbers are pixels
+ENDS = ('init_conv', 'final_conv', 'from_patches', 'to_patches')                                 # where numbers are pixels
 
 
 def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

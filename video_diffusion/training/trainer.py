@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
-from ..data.show import enlarged
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..diffusion.sampling import Sampling
@@ -190,7 +189,7 @@ class Trainer(TrainingLoop):
             videos = sample_many(self.diffusion, prompts, self.num_samples, batch_size=self.batch_size, seed=self.seed,
                                  processes=self.processes, low_res=self.small_clips(), **self.sampling.changed())
         if self.processes.is_main:
-            write_clip(enlarged(videos), path, self.clips.fps)
+            write_clip(videos, path, self.clips.fps, scale=None)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
         return path

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from .. import checks
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import ClipFolder, write_clip
-from ..data.show import enlarged
 from ..distributed import Processes, best_device
 from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
 from ..vae.frame_shares import agree_on_shares, has_special_first_frame
@@ -91,7 +90,6 @@ class VAETrainer(TrainingLoop):
         has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
-
         self.vae = vae.to(processes.device).train()
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
@@ -231,7 +229,7 @@ class VAETrainer(TrainingLoop):
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            write_clip(enlarged(torch.cat(rows).cpu()), path, self.dataset.fps)                                  # b c f h 3*w
+            write_clip(torch.cat(rows).cpu(), path, self.dataset.fps, scale=None)      # b c f h 3*w
         self.processes.any(False)                            # the others wait until it is drawn
         return path
 

@@ -106,7 +106,7 @@ def check_size(dit: DiT, vae: CausalVAE, num_frames: int, image_size: tuple[int,
         raise ValueError(f'num_frames={num_frames}: CogVideoX draws 1 + a multiple of {step} frames, so give '
                          f'{1 + step * max(1, round((num_frames - 1) / step))}')
     unit = vae.space_compression * dit.patch[1]
-    if any(side % unit or side < unit for side in image_size):
+    if len(image_size) != 2 or any(side % unit or side < unit for side in image_size):
         raise ValueError(f'image_size={image_size}: give multiples of {unit} as height and width')
     native = tuple(vae.space_compression * side for side in dit.size[1:])
     longest = 1 + vae.time_compression * (dit.size[0] - 1)
