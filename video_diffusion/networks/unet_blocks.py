@@ -2,6 +2,8 @@
 
     x (b c f h w) -- conv -- group norm -- FiLM (time and condition) -- SiLU -- conv -- group norm -- SiLU -- + --> y
       `------------------------------- 1x1x1 conv, or nothing ----------------------------------------------'
+
+What time and condition say comes as (b 1 n), for all frames of a clip, or as (b f n), where each frame has a time of its own.
 """
 
 import math
@@ -24,8 +26,8 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, time: Tensor) -> Tensor:
         half = self.dim // 2
         exponent = torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1))
-        angle = time[:, None] * exponent.exp()[None, :]
-        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (b, dim)
+        angle = time[..., None] * exponent.exp()
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (... dim)
 
 
 class FrameConv(nn.Conv2d):
@@ -55,15 +57,16 @@ class Block(nn.Module):
         self.norm = nn.GroupNorm(groups, dim_out)
 
     def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """All but the convolution: x (b c f h w), scale_shift (b, 2c)."""
+        """All but the convolution: x (b c f h w), scale_shift (b 1 2c) or (b f 2c)."""
         if scale_shift is None:
             return F.silu(self.norm(x))
         # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
-        scale, shift = scale_shift.chunk(2, dim=1)
+        scale, shift = scale_shift.chunk(2, dim=-1)
         gain = self.norm.weight * (scale + 1)
         bias = self.norm.bias * (scale + 1) + shift
         x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
-        return F.silu(torch.addcmul(bias[:, :, None, None, None], x, gain[:, :, None, None, None]))
+        gain, bias = (rearrange(values, 'b f c -> b c f 1 1') for values in (gain, bias))
+        return F.silu(torch.addcmul(bias, x, gain))
 
 
 class ResnetBlock(nn.Module):
