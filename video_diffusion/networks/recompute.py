@@ -51,7 +51,7 @@ def in_slices(function: Callable, x: Tensor, dim: int, width: int, *others: Tens
     if numbers < module.little:
         return function(x, *others)
     size = max(1, SLICE * x.shape[dim] // numbers)
-    if x.device.type != 'cpu' or torch.compiler.is_compiling() or size >= x.shape[dim]:
+    if x.device.type not in ('cpu', 'meta') or torch.compiler.is_compiling() or size >= x.shape[dim]:   # meta: see memory.py
         return recompute(function, x, *others)
     return Slices.apply(function, dim, size, len(others), x, *others, *(w for w in module.parameters() if w.requires_grad))
 
