@@ -209,6 +209,9 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
         (['free', '--steps', '21'], 'steps=21'),
         (['free', '--negative', 'x'], 'need guidance'),
         (['results', '--prompts-file', 'none.txt'], 'none.txt'),
+        (['results', '--prompt', 'x', '--text-encoder', 'someone/bert'], 'has learnt its words itself'),
+        (['free', '--text-encoder', 'someone/bert'], '--text-encoder: this model was trained without captions'),
+        (['free', '--out', 'text.pt'], 'text.pt'), (['free', '--out', '/proc'], '/proc'),      # said before anything is drawn
     ]:
         code, _, err = run('sample.py', *args, '--device', 'cpu')
         complaint = [line for line in err.splitlines() if line.startswith('sample.py:')]
@@ -254,6 +257,7 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
     (('--dim', 0), 'dim=0'), (('--dim', -8), 'dim=-8'), (('--dim-mults', 0), 'dim_mults=0'), (('--attn-dim-head', 1), 'attn_dim_head=1'),
     (('--timesteps', 0), 'timesteps=0'), (('--known-frames', 2), 'prob_cond_frames=2'), (('--focus-present', 'nan'), 'prob_focus_present=nan'),
     (('--offset-noise', -1), 'offset_noise=-1'), (('--null-cond-prob', 5), 'null_cond_prob=5'), (('--cond-scale', 'inf'), 'cond_scale=inf'),
+    (('--timeout', 0), 'timeout=0.0: give a number above 0, at most 86400'), (('--timeout', 'nan'), 'timeout=nan'),
     (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
     (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
     (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),

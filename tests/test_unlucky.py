@@ -4,6 +4,7 @@ are drawn, processes that differ, die or hang.  Run: pytest tests/test_unlucky.p
 import copy
 import os
 import pty
+import random
 import shutil
 import signal
 import subprocess
@@ -269,9 +270,31 @@ def test_moments_of_another_optimizer_or_of_no_weight(clips, tmp_path, trained):
     with pytest.raises(ValueError, match='is refused'):
         trainer.load_state_dict(state)
     state = copy.deepcopy(trained[None])
-    state['optimizer']['param_groups'][0]['weight_decay'] = 1e9              # how to learn is this run's business
+    state['optimizer']['param_groups'][0] |= dict(eps=1e-3, betas='x', fused=5, surprise=1.)
     trainer.load_state_dict(state)
-    assert trainer.optimizer.param_groups[0]['weight_decay'] == 0
+    group = trainer.optimizer.param_groups[0]
+    assert group['eps'] == 1e-3 and group['betas'] == (0.9, 0.999) and group['fused'] is True and 'surprise' not in group
+
+
+def test_no_mutation_of_a_checkpoint_that_a_run_goes_on_from_ends_in_a_traceback(clips, tmp_path, trained, slow):
+    from test_checkpoint import mutate
+    outcomes = {'went on': 0, 'refused': 0}
+    for number in range(400 if slow else 8):
+        chance = random.Random(number)
+        state = copy.deepcopy(trained[None])
+        for _ in range(chance.choice([1, 1, 2])):
+            mutate(state if chance.random() < 0.5 else {'config': state['optimizer']}, chance)
+        trainer = make_trainer(clips, tmp_path / str(number), **SMALL)
+        try:
+            trainer.load_state_dict(state)
+            trainer.train()
+            outcomes['went on'] += 1
+        except (ValueError, FloatingPointError) as error:
+            assert '\n' not in str(error), (number, error)
+            outcomes['refused'] += 1
+        except BaseException as error:
+            raise AssertionError(f'number {number}: {type(error).__name__}: {error}') from error
+    print(outcomes)
 
 
 # Several processes

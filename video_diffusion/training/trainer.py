@@ -78,15 +78,13 @@ class Trainer(TrainingLoop):
         seed: int = 0,
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
-        given = locals()
         check_options(diffusion, num_frames, num_sample_rows, noise_bias, null_cond_prob, images, latent_cache, compile, shard)
         self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)
         self.sampling = Sampling(sampler, sample_steps, cond_scale)
         self.sampling.check(diffusion.num_timesteps, has_cond=self.use_captions)
-        processes = processes or Processes(device=best_device())
-        processes.agree(settings_of(given, diffusion.config()))
+        given, processes = locals(), processes or Processes(device=best_device())
         shard = shard and processes.world_size > 1           # the share of one that is alone is all
-        begin(diffusion, processes, shard)
+        begin(diffusion, processes, shard, given)
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                                 horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
                                 fps=fps, clips_per_video=clips_per_video, exts=CLIPS + IMAGES if images else CLIPS)
@@ -294,8 +292,9 @@ def refuse_single_frames(network: torch.nn.Module) -> None:
                          'frames: leave them out, or take a Unet3D')
 
 
-def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> None:
-    """The model on its device, the same in all processes before anything is copied from it."""
+def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool, given: dict) -> None:
+    """The model on its device, the same in all processes before anything is copied from it, and trained by the same settings."""
+    processes.agree(settings_of(given, diffusion.config()))
     if shard:
         shard_weights(diffusion, processes)
     diffusion.to(processes.device)
