@@ -241,6 +241,7 @@ def test_one_clip_is_learnt_by_heart(folder, tmp_path):
     (('--image-size', 17), 'image_size=(17, 17): give multiples of 8 as height and width'),
     (('--lora', 0), 'rank=0: give 1 or more'),
     (('--lora-alpha', 2), '--lora-alpha: it is the strength of adapters, so give --lora too'),
+    (('--lora', 2, '--lora-alpha', 0), 'lora_alpha=0.0: give a number above 0'),
     (('--dim', 8), '--dim has no meaning with --model, which knows that itself'),
     (('--known-frames', 0.5), '--known-frames has no meaning with --model'),
     (('--held-out', 5), 'cannot hold out 5 of 5 clips'),
