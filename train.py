@@ -62,10 +62,10 @@ DEFAULTS = {
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
-    'dim':              ((16, 64),               (16, 64), (96, 384)),     # thin at first: the full resolution costs most
+    'dim':              ((16, 64),               (16, 64), (96, 384)),     # thin at first: there pixels are most
     'depth':            (None,                   None,     (6, 12)),
     'patch':            (None,                   None,     (4, 2)),
-    'frame_patch':      (None,                   None,     (1, 1)),
+    'frame_patch':      (None,                   None,     (2, 1)),
     'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
     'attn_heads':       ((1, 8),                 None),
     'attn_dim_head':    ((16, 32),               None,     (32, 64)),
@@ -74,11 +74,11 @@ DEFAULTS = {
     'latent_channels':  (None,                   (4, 4)),
     'batch_size':       ((8, 64),                (8, 16)),
     'objective':        (('x0', 'v'),            None),         # of x0 the last steps of sampling are free of grain
-    'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4)),
-    'muon_lr':          ((0.01, None),           None),
-    'steps':            ((1300, 10000),          (800, 20000)),
+    'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4), (0.01, 5e-4)),
+    'muon_lr':          ((0.01, None),           None,     (0.04, None)),
+    'steps':            ((1300, 10000),          (800, 20000), (2000, 10000)),
     'image_steps':      (None,                   (600, 5000)),
-    'sample_every':     ((650, 1000),            (200, 1000)),
+    'sample_every':     ((650, 1000),            (200, 1000), (1000, 1000)),
 }
 
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
