@@ -16,6 +16,7 @@
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
-from video_diffusion.checks import whole
+from video_diffusion.checks import number, whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
@@ -134,6 +135,8 @@ FLAGS = {
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
         Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
         Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
+        Flag('--frame-noise', ('shared', 'independent'), 'shared', 'independent: each frame has a noise of its own, to go on from '
+             'any frames, for as long as one likes', D),
         Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
         Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
     ],
@@ -161,6 +164,7 @@ FLAGS = {
     'several devices (torchrun)': [
         Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
         Flag('--context-parallel', int, 1, 'processes that share the frames of a clip', V),
+        Flag('--timeout', float, 120., 'seconds to wait for a process that is silent; ten times as long while one draws or saves'),
     ],
     'VAE': [
         Flag('--vae-kind', ('causal', 'temporal'), 'causal', 'temporal: only the decoder sees time', V),
@@ -181,7 +185,9 @@ FLAGS = {
 def main() -> None:
     args, given = parse(__doc__, FLAGS, DEFAULTS)
     refuse_idle_flags(args, given)
-    processes = distributed.init(device=args.device, context_parallel=args.context_parallel)
+    number('timeout', args.timeout, 0, 86400, above=0)
+    processes = distributed.init(timedelta(seconds=args.timeout), args.device, args.context_parallel)
+    processes.agree(vars(args))
     fill_in_defaults(args, given, on_gpu=processes.device.type != 'cpu')
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
@@ -197,7 +203,7 @@ def main() -> None:
         trainer.train()
     else:
         trainer.train(prob_focus_present=args.focus_present)
-        if trainer.step == args.steps and args.folder is None and args.low_res is None:
+        if trainer.step == args.steps and not trainer.stop.requested and args.folder is None and args.low_res is None:
             grade_toy_world(args, trainer)
     if processes.is_main:
         report(args, trainer)
@@ -234,6 +240,8 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
         (args.lora_alpha and not args.lora, '--lora-alpha: it is the strength of adapters, so give --lora too'),
         (args.ignore and not args.init, '--ignore: names weights that --init is not to take over, and there is no --init'),
         (args.cache_latents and not args.vae, '--cache-latents: there are latents only with a VAE, so give --vae too'),
+        (args.known_frames and args.frame_noise == 'independent', '--known-frames: with --frame-noise independent known frames are '
+         'frames without noise, and need nothing more; leave it out'),
         (args.low_res is not None and (not args.vae or args.known_frames), '--low-res: clips are enlarged in latents, and the '
          'small clip comes where known frames would, so give --vae too and leave --known-frames out'),
     ]:
@@ -265,7 +273,10 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     if not isinstance(args.image_size, int):
         raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
     folder = Path(f'data/shapes-{args.image_size}' if args.stage == V or args.vae else 'data/shapes')
-    return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
+    frames = args.num_frames
+    if args.frame_noise == 'independent':        # a model that goes on for ever learns from windows that begin anywhere
+        folder, frames, args.random_window = folder.with_name(f'{folder.name}-long'), 3 * frames, True
+    return draw_toy_world(folder, args.toy_clips, args.image_size, frames, processes)
 
 
 def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
@@ -310,7 +321,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
-        prob_cond_frames=told)
+        prob_cond_frames=told, frame_noise=args.frame_noise)
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)

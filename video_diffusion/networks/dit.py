@@ -228,7 +228,7 @@ class DiT(nn.Module):
         if focus_present_mask is not None or prob_focus_present:
             raise ValueError('focus on the present (and training on images) was asked for: a DiT has no attention within single '
                              'frames, so leave it out or take a Unet3D')
-        self.check(x, cond, known)
+        self.check(x, time, cond, known)
         grid, given, dtype = self.grid(x.shape[2:]), x.dtype, self.to_patches.weight.dtype
         if self.cond_frames:
             x = torch.cat((x, known_only(x, known, known_mask)), dim=1)              # b 2c f h w
@@ -281,7 +281,7 @@ class DiT(nn.Module):
         """How many tokens clips of size (f, h, w) have in each direction."""
         return tuple(length // step for length, step in zip(size, self.patch))
 
-    def check(self, x: Tensor, cond: Tensor | None, known: Tensor | None) -> None:
+    def check(self, x: Tensor, time: Tensor, cond: Tensor | None, known: Tensor | None) -> None:
         """Say what is wrong with an input before a layer deep inside says something else."""
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f'the video has shape {tuple(x.shape)}: expected '
@@ -292,6 +292,9 @@ class DiT(nn.Module):
         if self.table is not None and (size[0] > self.size[0] or size[1:] != tuple(self.size[1:])):
             raise ValueError(f'frames, height and width are {size}: this model has a learned table of positions, so give up to '
                              f'{self.size[0]} frames of {self.size[1]}x{self.size[2]}')
+        if time.shape != x.shape[:1]:
+            raise ValueError(f'time has shape {tuple(time.shape)}: expected ({len(x)},), for a DiT is told one step per video; '
+                             "frame_noise='independent' needs a Unet3D")
         if known is not None and not self.cond_frames:
             raise ValueError('known frames were given, but this model was built without cond_frames=True')
         if not self.has_cond and cond is not None:

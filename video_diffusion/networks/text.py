@@ -245,6 +245,8 @@ def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> n
     A checkpoint may say which frozen encoder it was trained with, but a file from elsewhere must not choose what is
     fetched from the hub: what is not in a directory on disk, the user has to name in `name_or_path`.
     """
+    if config['kind'] == 'words' and name_or_path is not None:
+        raise ValueError(f'text_encoder={name_or_path!r}: this model has learnt its words itself, leave it out')
     kinds = {'words': WordEncoder, 'bert': BertEncoder, 't5': T5Encoder}
     settings = {key: value for key, value in config.items() if key != 'kind'}
     if config['kind'] != 'words':
@@ -253,6 +255,14 @@ def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> n
             raise ValueError(f'it was trained with the text encoder {settings["name_or_path"]!r:.100}, which is no directory here: '
                              'name it yourself to load it from the hub, text_encoder=... or --text-encoder ...')
     return kinds[config['kind']](**settings)
+
+
+def named_bert(name_or_path: str | None, pool: str) -> BertEncoder:
+    """For a network that asks for BERT by itself. None: it comes from a file, and nobody has named what to load."""
+    if name_or_path is None:
+        raise ValueError('this model was trained with the vectors of a BERT: name it yourself, text_encoder=... or --text-encoder, '
+                         'bert-base-cased if it was the usual one')
+    return BertEncoder(name_or_path, pool)
 
 
 def load_transformer(name_or_path: str, model_class: str, dtype: torch.dtype) -> tuple:

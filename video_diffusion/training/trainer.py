@@ -23,13 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
+from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
+from ..diffusion.samplers import Progress
 from ..diffusion.sampling import Sampling
 from ..distributed import Processes, best_device
 from ..networks.dit import DiT
 from ..networks.text import CaptionCache, caption_folder
 from . import lr_schedule
+from .alike import settings_of
 from .ema import EMA
 from .held_out import COLUMNS as held_out_columns
 from .held_out import loss_per_level
@@ -79,9 +82,9 @@ class Trainer(TrainingLoop):
         self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)
         self.sampling = Sampling(sampler, sample_steps, cond_scale)
         self.sampling.check(diffusion.num_timesteps, has_cond=self.use_captions)
-        processes = processes or Processes(device=best_device())
+        given, processes = locals(), processes or Processes(device=best_device())
         shard = shard and processes.world_size > 1           # the share of one that is alone is all
-        begin(diffusion, processes, shard)
+        begin(diffusion, processes, shard, given)
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                                 horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
                                 fps=fps, clips_per_video=clips_per_video, exts=CLIPS + IMAGES if images else CLIPS)
@@ -97,11 +100,12 @@ class Trainer(TrainingLoop):
             processes=processes)
         self.null_cond_prob, self.noise_bias, self.images = null_cond_prob, noise_bias, images
         self.num_samples = num_sample_rows ** 2
-        self.asks_for = next((name for name in ('low_res', 'image_scale') if getattr(diffusion, name, None) is not None), None)
         self.prepare_captions(folder, caption_cache)
         self.prepare_model(compile, several=processes.world_size > 1 and not shard)
 
     def prepare_model(self, compile: bool, several: bool) -> None:
+        given = (name for name in ('low_res', 'image_scale') if getattr(self.diffusion, name, None) is not None)
+        self.asks_for = next(given, None)            # what samples need beside a caption
         if compile:
             self.diffusion.denoise_fn.compile()      # in place: the weights keep their names
         self.model = DistributedDataParallel(self.diffusion, broadcast_buffers=False) if several else self.diffusion
@@ -149,7 +153,7 @@ class Trainer(TrainingLoop):
         focus_present_mask: Tensor | None = None,   # (batch) bool: always these
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         number('prob_focus_present', prob_focus_present, 0, 1)
         if prob_focus_present or focus_present_mask is not None:
             refuse_single_frames(self.diffusion.denoise_fn)
@@ -191,10 +195,11 @@ class Trainer(TrainingLoop):
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = t ** (1 / self.noise_bias)
-        draws = dict(t=(t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)[rows])
+        t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
+        draws = dict(t=self.diffusion.draw_levels(t, where['generator'])[rows])
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
+            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < frame_levels.null_share(draws['t'], self.null_cond_prob)
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
@@ -209,7 +214,8 @@ class Trainer(TrainingLoop):
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, self.told(prompts), self.num_samples, batch_size=self.batch_size, seed=self.seed,
-                                 processes=self.processes, **self.given_clips(), **self.sampling.changed())
+                                 processes=self.processes, progress=self.until_stopped, **self.given_clips(),
+                                 **self.sampling.changed())
         if self.processes.is_main:
             write_clip(videos, path, self.clips.fps, scale=None)
             if prompts:
@@ -286,8 +292,9 @@ def refuse_single_frames(network: torch.nn.Module) -> None:
                          'frames: leave them out, or take a Unet3D')
 
 
-def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> None:
-    """The model on its device, the same in all processes before anything is copied from it."""
+def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool, given: dict) -> None:
+    """The model on its device, the same in all processes before anything is copied from it, and trained by the same settings."""
+    processes.agree(settings_of(given, diffusion.config()))
     if shard:
         shard_weights(diffusion, processes)
     diffusion.to(processes.device)
@@ -300,7 +307,7 @@ def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> No
 def sample_many(
     diffusion: GaussianDiffusion, prompts: Tensor | list[str] | None, count: int, *, batch_size: int, seed: int,
     processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, first_frames: Tensor | None = None,
-    **sampling,
+    progress: Progress | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     whole('batch_size', batch_size, 1)
@@ -317,6 +324,6 @@ def sample_many(
                 sampling[name] = clips.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
             None if prompts is None else prompts[rows], batch_size=rows.stop - rows.start, seed=seed + number,
-            progress=processes.is_main, **sampling).cpu()
+            progress=processes.is_main if progress is None else progress, **sampling).cpu()
     parts = processes.gather(parts)
     return torch.cat([parts[number] for number in sorted(parts)]) if processes.is_main else None

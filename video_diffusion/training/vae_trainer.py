@@ -38,6 +38,7 @@ from ..vae.metrics import psnr, ssim
 from ..vae.vae_checkpoint import vae_config
 from ..vae.vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 from . import lr_schedule
+from .alike import settings_of
 from .ema import EMA
 from .loop import TrainingLoop, adam
 
@@ -82,7 +83,8 @@ class VAETrainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
-        processes = processes or Processes(device=best_device())
+        given, processes = locals(), processes or Processes(device=best_device())
+        processes.agree(settings_of(given, vae_config(vae)))
         refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
         dataset, self.held_out = clips_to_train_and_measure_on(
             folder, held_out, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
@@ -114,7 +116,7 @@ class VAETrainer(TrainingLoop):
         return critic
 
     def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         self.run(log_fn)
 
     # The step
