@@ -216,7 +216,8 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
         if flag.dest in given and flag.only not in (None, args.stage):
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
     sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
-    of_dit, of_unet = {'depth', 'patch', 'frame_patch'}, {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images'}
+    of_unet = {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images', 'frame_noise'}
+    of_dit = {'depth', 'patch', 'frame_patch'}
     of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
     of_model |= {'channels', 'unconditional', 'images', 'loss'}
     idle, beside = given.keys() & (of_unet if args.network == 'dit' else of_dit), f'--network {args.network}'
