@@ -42,6 +42,8 @@ from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
 from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
+from video_diffusion.training.memory import estimate
+from video_diffusion.training.precision import be_deterministic
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.training.vae_trainer import start_from
@@ -129,6 +131,7 @@ FLAGS = {
         Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
         Flag('--max-grad-norm', float, 1., 'gradients are clipped at this norm'),
         Flag('--amp', bool, False, 'bf16 or fp16 where the hardware has it'),
+        Flag('--deterministic', bool, False, 'the same numbers in every run on a GPU, by slower kernels; on a CPU they are anyway'),
         Flag('--compile', bool, False, 'let torch.compile fuse the network: pays in long runs on a GPU', D),
         Flag('--checkpoint-activations', bool, False, 'compute every block again in the backward pass: less memory', D),
     ],
@@ -162,6 +165,8 @@ FLAGS = {
 def main() -> None:
     args, given = parse(__doc__, FLAGS, DEFAULTS)
     refuse_idle_flags(args, given)
+    if args.deterministic:
+        be_deterministic()
     processes = distributed.init(device=args.device, context_parallel=args.context_parallel)
     fill_in_defaults(args, given, on_gpu=processes.device.type != 'cpu')
     if not args.resume and checkpoint.milestones(args.results):
@@ -280,6 +285,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
+    choose_batch(args, given, diffusion, processes)
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
@@ -292,6 +298,17 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         cond_scale=args.cond_scale if captioned else 1., sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
         compile=args.compile, shard=args.shard,
         latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
+
+
+def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:
+    """Say what a step needs. A GPU that has no room for the default batch gets a part of it, and as many more passes in a step."""
+    need, asked = estimate(diffusion, muon=bool(args.muon_lr)), args.batch_size
+    if processes.device.type == 'cuda' and 'batch_size' not in given:
+        args.batch_size = need.fitting(asked, room=torch.cuda.mem_get_info(processes.device)[0])
+        if 'accumulate' not in given:
+            args.accumulate = asked // args.batch_size
+    if processes.is_main:
+        print(need.words(args.batch_size))
 
 
 def vae_folder(path: str) -> Path:

@@ -31,6 +31,8 @@ from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
+from .positions import turn
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, the only one in the library: q, k, v (..., heads, n, d).
@@ -40,8 +42,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if bias is None or bias.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    logits = torch.add(bias, q @ k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)  # scales n x n numbers, not n x d
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias     # scaled first: fp16 ends at 65504
     return logits.softmax(dim=-1) @ v
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether what is fastest on a CPU is to be done. Tensors without numbers (see memory.py) count as there."""
+    return x.device.type in ('cpu', 'meta')
 
 
 class ChannelNorm(nn.Module):
@@ -81,22 +88,26 @@ class RelativePositionBias(nn.Module):
         return rearrange(bias, 'i j heads -> heads i j')
 
 
-def rotations(frames: int, rotary: RotaryEmbedding, dim_head: int) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) as complex numbers, (f, dim_head / 2).
+def rotary_angles(frames: int, rotary: RotaryEmbedding, dim_head: int) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): by what angle each pair of features is turned, (f, dim_head / 2).
 
-    Features are taken in pairs, as the real and imaginary part of one number. Pair j of frame i is turned by
-    the angle i * frequency_j, which is a multiplication by exp(1j * angle). Pairs beyond the rotary's own
-    stay as they are.
+    Pair j of frame i is turned by i * frequency_j. Pairs beyond the rotary's own stay as they are.
     """
     position = torch.arange(frames, device=rotary.freqs.device)
-    angle = F.pad(position[:, None] * rotary.freqs.float(), (0, dim_head // 2 - len(rotary.freqs)))
-    return torch.polar(torch.ones_like(angle), angle)
+    return F.pad(position[:, None] * rotary.freqs.float(), (0, dim_head // 2 - len(rotary.freqs)))
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x (b f n heads*d) with every head's pairs turned by `turn` (f, d / 2)."""
-    pairs = x.float().unflatten(-1, (-1, turn.shape[-1], 2))  # (b f n heads pairs 2)
-    turned = torch.view_as_complex(pairs) * turn[:, None, None, :]
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """x (b f n heads*d) with every head's pairs turned by `angle` (f, d / 2).
+
+    A pair is the real and imaginary part of a number, to be multiplied with exp(1j * angle). A CPU does just that in a quarter
+    of the time; but no compiler fuses complex numbers, and not every GPU knows them.
+    """
+    if not on_cpu(x) or torch.compiler.is_compiling():
+        heads = x.unflatten(-1, (-1, 2 * angle.shape[-1])).flatten(2, 3)     # b f n*heads d
+        return turn(heads, *(wave.repeat_interleave(2, dim=-1) for wave in (angle.cos(), angle.sin()))).view_as(x)
+    pairs = x.float().unflatten(-1, (-1, angle.shape[-1], 2))                # b f n heads pairs 2
+    turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angle), angle)[:, None, None, :]
     return torch.view_as_real(turned).flatten(-3).to(x.dtype)
 
 
@@ -126,7 +137,7 @@ class TemporalAttention(nn.Module):
             out = self.to_qkv(self.norm(x))[..., 2 * size:]                          # of a LoRALinear the weight is not all
         else:
             qk, v = self.to_qkv(self.norm(x)).split((2 * size, size), dim=-1)
-            qk = rotate(qk, rotations(f, self.rotary, self.dim_head))
+            qk = rotate(qk, rotary_angles(f, self.rotary, self.dim_head))
             q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
             v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
             out = rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)')

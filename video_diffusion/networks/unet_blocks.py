@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .attention import on_cpu
+
 
 class SinusoidalEmbedding(nn.Module):
     """A number as sines and cosines of geometrically spaced frequencies, from 1 down to 1 / 10000."""
@@ -55,14 +57,28 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         """x (b c f h w), scale_shift (b, 2 dim_out)."""
         x = self.conv(x)
-        if scale_shift is None:
+        if scale_shift is None and on_cpu(x):
             return F.silu(self.norm(x))
-        # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
-        scale, shift = scale_shift.chunk(2, dim=1)
-        gain = self.norm.weight * (scale + 1)
-        bias = self.norm.bias * (scale + 1) + shift
-        x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
-        return F.silu(torch.addcmul(bias[:, :, None, None, None], x, gain[:, :, None, None, None]))
+        gain, bias = self.norm.weight[None], self.norm.bias[None]            # 1 dim_out
+        if scale_shift is not None:
+            # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
+            scale, shift = scale_shift.chunk(2, dim=1)                       # b dim_out
+            gain, bias = gain * (scale + 1), bias * (scale + 1) + shift
+        return F.silu(self.normed(x, gain[:, :, None, None, None], bias[:, :, None, None, None]))
+
+    def normed(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """x (b c f h w) with its groups normalised, times gain, plus bias (b c 1 1 1), in the layout that x has.
+
+        A CPU's group norm knows channels-last. That of a GPU would copy x into another layout, and the next convolution back.
+        """
+        groups, eps = self.norm.num_groups, self.norm.eps
+        if on_cpu(x):
+            return torch.addcmul(bias, F.group_norm(x, groups, eps=eps), gain)
+        width = torch.promote_types(x.dtype, torch.float32)                  # half precision is too short for such a sum
+        var, mean = torch.var_mean(x.to(width).unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0, keepdim=True)
+        rstd, mean = (each.repeat_interleave(x.shape[1] // groups, dim=1)[:, :, 0] for each in ((var + eps).rsqrt(), mean))
+        gain = gain * rstd                                                   # b c 1 1 1
+        return torch.addcmul(bias - mean * gain, x, gain).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):

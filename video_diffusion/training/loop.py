@@ -32,6 +32,7 @@ from ..distributed import Processes
 from . import lr_schedule, shard
 from .ema import EMA
 from .interrupt import StopRequest
+from .precision import use_tensor_cores
 
 
 class TrainingLoop(ABC):
@@ -68,6 +69,7 @@ class TrainingLoop(ABC):
         whole('seed', seed, 0, 2 ** 63 - 1)
         self.processes, self.device = processes, processes.device
         self.amp_dtype = amp_dtype(self.device) if amp else None
+        use_tensor_cores(processes)
         self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
         self.train_num_steps, self.train_lr, self.lr_schedule = num_steps, lr, lr_schedule
         self.max_grad_norm = max_grad_norm
