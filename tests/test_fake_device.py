@@ -3,6 +3,8 @@
 The GPU is a made-up one (fake_gpu.py), which knows shapes, types and layouts. Run: pytest tests/test_fake_device.py
 """
 
+import math
+
 import pytest
 import torch
 from fake_gpu import CUDA, META, fake_gpu, moved
@@ -30,6 +32,7 @@ from video_diffusion import (
     unmerge_lora,
 )
 from video_diffusion.distributed import Processes
+from video_diffusion.networks import unet_blocks
 from video_diffusion.networks.text import CaptionCache
 from video_diffusion.training.loop import adam
 from video_diffusion.training.muon import Muon, split
@@ -178,7 +181,7 @@ HOW = {
 
 def draw(diffusion, **how):
     cond = captions(diffusion)
-    return diffusion.sample(cond, **{**dict(batch_size=len(WORDS), steps=3, progress=False), **how})
+    return diffusion.sample(cond, **{**dict(batch_size=len(WORDS), steps=2, progress=False), **how})
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -188,7 +191,7 @@ def test_samples(name):
         video = torch.rand(SHAPE, device=CUDA)
         moved(diffusion, CUDA)
         how = dict(low_res=diffusion.shrink(video)) if getattr(diffusion, 'low_res', None) else {}
-        assert draw(diffusion, sampler='dpm++2m_sde', seed=1, steps=2, **how).device == CUDA
+        assert draw(diffusion, sampler='dpm++2m_sde', seed=1, steps=1, **how).device == CUDA
     assert len(gpu.waits) <= 1, gpu.waits                           # for a mask of known frames
 
 
@@ -210,7 +213,7 @@ def test_known_frames(known_by):
         moved(diffusion, META)
         assert draw(diffusion, first_frames=video[:1, :, :2], known_by=known_by).device == META
         assert draw(diffusion, known=video, known_mask=mask, known_by=known_by).device == META
-        assert diffusion.sample_long(9, batch_size=2, steps=2, sampler='ddim', progress=False).shape[2] == 9
+        assert diffusion.sample_long(9, batch_size=2, steps=1, sampler='ddim', progress=False).shape[2] == 9
 
 
 @pytest.mark.parametrize('known_by', ['network', 'guide'])
@@ -221,7 +224,7 @@ def test_known_frames_of_latents(known_by):
         moved(diffusion, META)
         assert draw(diffusion, image=video[:1, :, 0], known_by=known_by).device == META
         assert draw(diffusion, first_frames=video[:, :, :3], known_by=known_by).device == META
-        assert diffusion.sample_long(9, batch_size=2, steps=2, sampler='ddim', progress=False).shape[2] == 9
+        assert diffusion.sample_long(9, batch_size=2, steps=1, sampler='ddim', progress=False).shape[2] == 9
 
 
 def test_guidance():
@@ -239,8 +242,8 @@ def test_there_and_back(name):
         video = torch.rand(SHAPE, device=CUDA)
         moved(diffusion, CUDA)
         cond = captions(diffusion)
-        assert diffusion.ddim_invert(video, cond, steps=2, progress=False).device == CUDA
-        assert diffusion.interpolate(video, video, t=2, cond=cond, seed=1, progress=False).device == CUDA
+        assert diffusion.ddim_invert(video, cond, steps=1, progress=False).device == CUDA
+        assert diffusion.interpolate(video, video, t=0, cond=cond, seed=1, progress=False).device == CUDA
 
 
 def test_the_terms_of_the_paper():
@@ -265,7 +268,7 @@ def test_vaes_whole_in_chunks_in_tiles_and_as_a_stream(make):
         moved(vae, CUDA)
         z = vae.encode(video).sample(torch.Generator(CUDA).manual_seed(0))
         frames = FRAMES if vae.time_compression == 1 else None
-        pieces = [dict(), dict(chunk=2), dict(tile=8), dict(chunk=2, tile=8)]
+        pieces = [dict(), dict(chunk=2, tile=8)]
         videos = [vae.decode(z, frames, **piece) for piece in pieces] + [vae(video)[0]]
         latents = [vae.encode(video, **piece).mean for piece in pieces]
         if isinstance(vae, CausalVAE):
@@ -348,23 +351,26 @@ def test_no_step_of_a_sampler_waits(name):
     diffusion, waits = MODELS[name](), {}
     with fake_gpu(CUDA) as gpu:
         moved(diffusion, CUDA)
-        for steps in (2, 4):
+        for steps in (1, 2):
             gpu.waits.clear()
             draw(diffusion, sampler='dpm++2m_sde', steps=steps, seed=0)
             waits[steps] = list(gpu.waits)
-    assert waits[2] == waits[4] and len(waits[2]) <= 1, waits
+    assert waits[1] == waits[2] and len(waits[1]) <= 1, waits
 
 
-@pytest.mark.parametrize('device', [CUDA, META], ids=['GPU', 'as a CPU'])
-def test_the_blocks_of_the_u_net_copy_nothing(device):
-    """Their layout is channels-last from the first convolution on: frames join the batch and leave it without a copy."""
+@pytest.mark.parametrize('as_a_gpu_does', [True, False])
+def test_the_blocks_of_the_u_net_copy_nothing(as_a_gpu_does, monkeypatch):
+    """Their layout is channels-last from the first convolution on: frames join the batch and leave it without a copy. With the
+    group norm that is right for a CPU they do not."""
     network = unet(dim_mults=(1, 2))
-    with fake_gpu(device) as gpu, torch.no_grad():
-        moved(network, device)
-        network(torch.rand(SHAPE, device=device), torch.rand(2, device=device))
-    lines = [line for line, _ in gpu.copies]
-    assert not [line for line in lines if line.startswith('unet_blocks')], lines
+    if not as_a_gpu_does:
+        monkeypatch.setattr(unet_blocks, 'on_cpu', lambda x: True)
+    with fake_gpu(CUDA) as gpu, torch.no_grad():
+        moved(network, CUDA)
+        network(torch.rand(SHAPE, device=CUDA), torch.rand(2, device=CUDA))
+    lines = [line for line, shape in gpu.copies if math.prod(shape) > SIZE * SIZE]
     assert len([line for line in lines if line.startswith('unet3d')]) == 1, lines            # into channels-last, once
+    assert any(line.startswith('unet_blocks') for line in lines) != as_a_gpu_does, lines
 
 
 def test_the_fake_gpu_refuses_what_a_real_one_refuses():

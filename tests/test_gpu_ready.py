@@ -40,7 +40,7 @@ def test_the_network_of_a_gpu_is_that_of_a_cpu(make, monkeypatch):
     for module in (attention, unet_blocks, dit_room):
         monkeypatch.setattr(module, 'on_cpu', lambda x: False)
     for a, b in zip(expected, output_and_gradients(network, *inputs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)         # angles are float32 in either
 
 
 def test_rotation_by_pairs_is_that_by_complex_numbers(monkeypatch):

@@ -200,7 +200,7 @@ class LatentDiffusion(nn.Module):
 
     def posterior(self, video: Tensor) -> DiagonalGaussian:
         chunk = self.chunk and self.chunk * self.vae.time_compression
-        with torch.autocast(video.device.type, enabled=False):       # cached latents are float32, too
+        with torch.autocast('cpu' if video.is_meta else video.device.type, enabled=False):       # cached latents are float32, too
             parts = [self.vae.encode(part, chunk=chunk) for part in video.split(self.max_batch)]
         return DiagonalGaussian(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
 
