@@ -4,7 +4,7 @@
     python sample.py results/ --prompt "a red circle moving left" --count 4
     python sample.py results/ --prompt "a red circle" --negative "moving up" --sampler dpm++2m --steps 20
     python sample.py results/model-3.pt --prompts-file prompts.txt --out samples/
-    python sample.py results/ --prompt "a red circle moving left" --first-frames clip.gif --frames 32
+    python sample.py results/ --prompt "a red ball rolls => a red ball stops" --first-frames clip.gif --frames 128
     python sample.py results/ --prompt "a red circle moving left" --low-res small.gif
     torchrun --nproc_per_node=4 sample.py results/ --prompts-file prompts.txt
     python sample.py results_vae/ --reconstruct clip.gif
@@ -17,6 +17,7 @@ CogVideoX, drawn from as its authors do. Writes one GIF (or mp4) per video and o
 
 import argparse
 import re
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,13 +28,14 @@ from video_diffusion import GaussianDiffusion, LatentDiffusion, checkpoint, dist
 from video_diffusion.data.folder import clip_shape, read_clip, write_clip
 from video_diffusion.data.frames import check_request, resize_and_crop
 from video_diffusion.data.mp4 import import_av
-from video_diffusion.data.show import enlarged
 from video_diffusion.diffusion.known_frames import WAYS
 from video_diffusion.diffusion.latent import diffusion_from_state
+from video_diffusion.diffusion.offload import one_at_a_time
 from video_diffusion.diffusion.sampling import Sampling
 from video_diffusion.training.memory import keep_freed_memory
 from video_diffusion.training.script import Flag, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
+from video_diffusion.vae.causal_vae import refuse_bad_pieces
 from video_diffusion.vae.frame_shares import fitting_frames
 from video_diffusion.vae.metrics import psnr
 from video_diffusion.vae.vae_checkpoint import vae_from_state
@@ -44,6 +46,7 @@ from video_diffusion.weights.cogvideox_lora import FILE as LORA_FILE
 FLAGS = {
     'what': [
         Flag('checkpoint', str, None, 'a results folder (its newest checkpoint is taken), a model-<n>.pt, or a CogVideoX folder'),
+        Flag('--text-encoder', str, None, 'name or folder of the frozen text encoder that it was trained with', metavar='NAME'),
         Flag('--lora', str, None, 'adapters to put into it: a results folder of theirs, or a file of diffusers', metavar='PATH'),
         Flag('--lora-scale', float, 1., 'how much of their change to make'),
         Flag('--out', str, 'samples', 'folder for the videos', metavar='FOLDER'),
@@ -52,6 +55,8 @@ FLAGS = {
         Flag('--overwrite', bool, False, 'write over clips that are in --out; else new ones are numbered on'),
         Flag('--seed', int, 0, ''),
         Flag('--batch-size', int, 16, 'videos drawn at once; by CogVideoX one'),
+        Flag('--tile', int, None, 'decode latents in tiles of so many pixels, a little apart from whole frames: less memory'),
+        Flag('--offload', bool, False, 'on the device only what computes: the text encoder, then the network, then the VAE'),
         Flag('--device', str, None, 'cpu, cuda, mps [the fastest there is]', metavar='NAME'),
         Flag('--debug', bool, False, 'show where in the code an error comes from'),
     ],
@@ -75,6 +80,7 @@ FLAGS = {
         Flag('--known-by', WAYS, None, 'how the other frames are made to fit [network if it was trained for that, else guide]'),
         Flag('--frames', int, None, 'length of the videos, if longer than in training: drawn piece by piece, by CogVideoX at once'),
         Flag('--image-size', int, None, 'height and width of videos, of CogVideoX only', many=True),
+        Flag('--history-scale', float, None, 'how closely frames keep to known ones [1] (after --frame-noise independent)'),
         Flag('--later-cond-scale', float, None, '--cond-scale after the first piece; 0 where prompts say how a video begins'),
     ],
     'other models': [
@@ -106,6 +112,8 @@ def main() -> None:
     if args.format == 'mp4':
         import_av()
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):                     # can it be written?
+        pass
     if is_vae:
         idle = given.keys() - {'checkpoint', 'reconstruct', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
         if idle:
@@ -120,15 +128,24 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     if state['config']:
         if args.image_size is not None:
             raise ValueError('--image-size is for CogVideoX: other models draw videos of the size that they were trained for')
-        diffusion = diffusion_from_state(state)
+        diffusion = diffusion_from_state(state, args.text_encoder)
     else:
+        if args.text_encoder is not None:
+            raise ValueError('--text-encoder is for checkpoints, in which there is none: this folder has its own')
         diffusion = cogvideox_from_folder(args.checkpoint, args.frames, args.image_size)
         args.frames = None                                         # it draws as many at once
         if processes.device.type == 'cpu':
             diffusion.float()                                      # most CPUs are slow at anything shorter
+    if args.text_encoder is not None and not diffusion.denoise_fn.has_cond:
+        raise ValueError('--text-encoder: this model was trained without captions, leave it out')
     if args.lora is not None:
         put_in_lora(diffusion, args.lora, args.lora_scale)
-    diffusion.to(processes.device)
+    if args.tile is not None and not isinstance(diffusion, LatentDiffusion):
+        raise ValueError('--tile: this model draws pixels, and has no latents to decode')
+    if args.tile is not None:
+        refuse_bad_pieces(diffusion.vae, None, args.tile, 1)           # now, not after an hour of drawing
+        diffusion.tile = args.tile
+    one_at_a_time(diffusion, processes.device) if args.offload else diffusion.to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
     if args.later_cond_scale is not None and args.frames is None:
@@ -136,8 +153,8 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
     more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, state.get('fps')),
                 low_res=read_low_res(args, diffusion), num_frames=args.frames, later_cond_scale=args.later_cond_scale)
-    videos = sample_many(diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed, processes=processes, **settings,
-                         **{name: value for name, value in more.items() if value is not None})
+    videos = sample_many(diffusion, in_turn(prompts, args), count, batch_size=args.batch_size, seed=args.seed,
+                         processes=processes, **settings, **{name: value for name, value in more.items() if value is not None})
     if processes.is_main:
         write(videos, prompts, args, fps=args.fps or state.get('fps', 1 / 0.12))
 
@@ -165,7 +182,7 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     out, name = Path(args.out), Path(args.reconstruct).stem
     write_clip(again[0], out / f'{name}.{args.format}', fps)
     compared = torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0]
-    write_clip(enlarged(compared), out / f'{name}-compared.{args.format}', fps)
+    write_clip(compared, out / f'{name}-compared.{args.format}', fps, scale=None)
     print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.{args.format}, '
           f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: '
           f'{out / name}-compared.{args.format}')
@@ -191,6 +208,13 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     if not wanted and prompts:
         raise ValueError('this model was trained without captions: it draws what it likes, leave the prompts out')
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
+
+
+def in_turn(prompts: list[str] | None, args: argparse.Namespace) -> list | None:
+    """Prompts for long videos, where "first => next" becomes a list of what happens one after the other."""
+    if prompts is None or args.frames is None:
+        return prompts
+    return [[part.strip() for part in prompt.split('=>')] if '=>' in prompt else prompt for prompt in prompts]
 
 
 def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion, fps: float | None) -> Tensor | None:
@@ -233,7 +257,7 @@ def write(videos: Tensor, prompts: list[str] | None, args: argparse.Namespace, f
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''
         write_clip(video, folder / f'{first + i:03d}{words}.{args.format}', fps)
     together = folder / (f'all.{args.format}' if first == 0 else f'all-from-{first:03d}.{args.format}')
-    write_clip(enlarged(videos), together, fps)
+    write_clip(videos, together, fps, scale=None)
     print(f'{len(videos)} videos are in {folder}, and all of them side by side in {together}')
 
 

@@ -6,7 +6,9 @@
     python train.py my_films/ --fps 8 --clips-per-video 20 --random-window    # on mp4, webm, mov, mkv, avi (needs .[video])
     python train.py my_gifs/ --stage vae # first a VAE, whose latents are smaller than pixels
     python train.py my_gifs/ --vae results_vae/    # then a diffusion model in these latents
+    python train.py --network dit        # a transformer in place of the U-Net
     python train.py my_gifs/ --resume    # go on where the run in --results stopped
+    python train.py my_videos/ --model CogVideoX-2b/ --lora 128      # fine-tune a trained model by thin adapters, or all of it
     torchrun --nproc_per_node=4 train.py my_gifs/ --amp
     torchrun --nproc_per_node=4 train.py my_gifs/ --dim 256 --shard     # each process holds a quarter of the model
     torchrun --nproc_per_node=4 train.py my_gifs/ --stage vae --context-parallel 2
@@ -14,12 +16,14 @@
 
 import argparse
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from video_diffusion import (
     CausalVAE,
+    DiT,
     GaussianDiffusion,
     LatentDiffusion,
     PerceptualLoss,
@@ -37,40 +41,46 @@ from video_diffusion import (
     vae_from_checkpoint,
     video_tensor_to_gif,
 )
-from video_diffusion.checks import whole
+from video_diffusion.checks import number, whole
 from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
-from video_diffusion.data.show import enlarged
+from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
+from video_diffusion.networks.text import word_rows
+from video_diffusion.training.finetune import ADAM, begin_with, caches, recipe
 from video_diffusion.training.memory import estimate
 from video_diffusion.training.precision import be_deterministic
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.training.vae_trainer import start_from
 from video_diffusion.vae.frame_shares import fitting_frames
-from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_sat
+from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_sat, cogvideox_defaults, cogvideox_from_folder
+from video_diffusion.weights.cogvideox import INDEX
 
-# What a flag means that is not given, where that depends on the device: (CPU, GPU), and with --stage vae (CPU, GPU). The CPU
-# columns train the toy world in about ten minutes on two cores.
+# What a flag means that is not given, where that depends on the device: (CPU, GPU), with --stage vae (CPU, GPU), and with
+# --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns train the toy world in about ten minutes.
 DEFAULTS = {
     'image_size':       ((16, 32),               (32, 32)),     # of the toy world; yours keep theirs up to max_size
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
-    'dim':              ((16, 64),               (16, 64)),     # thin at first: on a CPU the full resolution costs most
+    'dim':              ((16, 64),               (16, 64), (96, 384)),     # thin at first: there pixels are most
+    'depth':            (None,                   None,     (6, 12)),
+    'patch':            (None,                   None,     (4, 2)),
+    'frame_patch':      (None,                   None,     (2, 1)),
     'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
     'attn_heads':       ((1, 8),                 None),
-    'attn_dim_head':    ((16, 32),               None),
+    'attn_dim_head':    ((16, 32),               None,     (32, 64)),
     'linear_attention': ((False, True),          None),
     'time_compression': (None,                   (1, 4)),       # on a CPU there is no time to learn it
     'latent_channels':  (None,                   (4, 4)),
     'batch_size':       ((8, 64),                (8, 16)),
     'objective':        (('x0', 'v'),            None),         # of x0 the last steps of sampling are free of grain
-    'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4)),
-    'muon_lr':          ((0.01, None),           None),
-    'steps':            ((1300, 10000),          (800, 20000)),
+    'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4), (0.01, 5e-4)),
+    'muon_lr':          ((0.01, None),           None,     (0.04, None)),
+    'steps':            ((1300, 10000),          (800, 20000), (2000, 10000)),
     'image_steps':      (None,                   (600, 5000)),
-    'sample_every':     ((650, 1000),            (200, 1000)),
+    'sample_every':     ((650, 1000),            (200, 1000), (1000, 1000)),
 }
 
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
@@ -95,13 +105,23 @@ FLAGS = {
         Flag('--random-window', bool, False, 'from clips longer than --num-frames take any part, not the first'),
         Flag('--fps', float, None, 'frames per second, whatever the files have; those between are left out', metavar='RATE'),
         Flag('--clips-per-video', int, 1, 'each file counts as so many clips, from as many equal stretches of it'),
+        Flag('--held-out', int, 0, 'clips never trained on: the loss on them, per noise level, is in log.csv', D),
         Flag('--strict', bool, False, 'a damaged clip is an error, not a warning'),
     ],
+    'fine-tuning': [
+        Flag('--model', str, None, 'begin with a trained one: a CogVideoX folder, or results of this library', D, metavar='PATH'),
+        Flag('--lora', int, None, 'of its weights none learn, but thin matrices of this rank beside them', D, metavar='RANK'),
+        Flag('--lora-alpha', float, None, 'how much these count for [as their rank]', D, metavar='ALPHA'),
+    ],
     'network': [
-        Flag('--dim', int, None, 'width of the first level'),
+        Flag('--network', ('unet', 'dit'), 'unet', 'a U-Net, or a transformer over patches of the clip', D),
+        Flag('--dim', int, None, 'width of the first level, or of a token'),
+        Flag('--depth', int, None, 'blocks of the transformer', D),
+        Flag('--patch', int, None, 'side of the square of pixels that is one token', D),
+        Flag('--frame-patch', int, None, 'and how many frames of it', D),
         Flag('--dim-mults', int, None, 'width of each level, in --dim', many=True),
         Flag('--attn-heads', int, None, 'heads of temporal attention', D),
-        Flag('--attn-dim-head', int, None, 'width of each of them', D),
+        Flag('--attn-dim-head', int, None, 'width of a head', D),
         Flag('--linear-attention', 'switch', None, 'spatial linear attention at every level', D),
         Flag('--vae', str, None, 'a trained VAE, its results folder or a checkpoint: diffuse in its latents', D, metavar='RESULTS'),
         Flag('--cache-latents', bool, False, 'encode each clip once, into the folder latents/ beside the VAE', D),
@@ -117,6 +137,8 @@ FLAGS = {
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
         Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
         Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
+        Flag('--frame-noise', ('shared', 'independent'), 'shared', 'independent: each frame has a noise of its own, to go on from '
+             'any frames, for as long as one likes', D),
         Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
         Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
     ],
@@ -145,6 +167,7 @@ FLAGS = {
     'several devices (torchrun)': [
         Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
         Flag('--context-parallel', int, 1, 'processes that share the frames of a clip', V),
+        Flag('--timeout', float, 120., 'seconds to wait for a process that is silent; ten times as long while one draws or saves'),
     ],
     'VAE': [
         Flag('--vae-kind', ('causal', 'temporal'), 'causal', 'temporal: only the decoder sees time', V),
@@ -167,7 +190,9 @@ def main() -> None:
     refuse_idle_flags(args, given)
     if args.deterministic:
         be_deterministic()
-    processes = distributed.init(device=args.device, context_parallel=args.context_parallel)
+    number('timeout', args.timeout, 0, 86400, above=0)
+    processes = distributed.init(timedelta(seconds=args.timeout), args.device, args.context_parallel)
+    processes.agree(vars(args))
     fill_in_defaults(args, given, on_gpu=processes.device.type != 'cpu')
     if not args.resume and checkpoint.milestones(args.results):
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
@@ -175,14 +200,15 @@ def main() -> None:
     whole('seed', args.seed, 0, 2 ** 63 - 1)
     folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
-    trainer = vae_trainer(args, folder, processes) if args.stage == V else diffusion_trainer(args, given, folder, processes)
+    make = diffusion_trainer if args.model is None else fine_tuner
+    trainer = vae_trainer(args, folder, processes) if args.stage == V else make(args, given, folder, processes)
     if args.resume:
         trainer.load(-1)
     if args.stage == V:
         trainer.train()
     else:
         trainer.train(prob_focus_present=args.focus_present)
-        if trainer.step == args.steps and args.folder is None and args.low_res is None:
+        if trainer.step == args.steps and not trainer.stop.requested and args.folder is None and args.low_res is None:
             grade_toy_world(args, trainer)
     if processes.is_main:
         report(args, trainer)
@@ -195,6 +221,14 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
         if flag.dest in given and flag.only not in (None, args.stage):
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
     sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
+    of_dit, of_unet = {'depth', 'patch', 'frame_patch'}, {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images'}
+    of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
+    of_model |= {'channels', 'unconditional', 'images', 'loss'}
+    idle, beside = given.keys() & (of_unet if args.network == 'dit' else of_dit), f'--network {args.network}'
+    if args.model:
+        idle, beside = given.keys() & of_model, '--model, which knows that itself'
+    if idle:
+        raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with {beside}')
     for idle, sentence in [
         ('toy_clips' in given and args.folder, '--toy-clips: the toy world is drawn only where no folder is given'),
         ('channels' in given and args.vae, '--channels: with --vae they are those of the VAE'),
@@ -205,8 +239,14 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
          'time, and --init reads causal VAEs only; leave --time-compression and --init out'),
         (args.init and sizes & given.keys(), '--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, '
          '--time-compression and --latent-channels out'),
+        (args.model and not args.folder, '--model: give a folder of clips to fine-tune on'),
+        ((args.lora or args.lora_alpha) and not args.model, '--lora and --lora-alpha: adapters lie beside trained weights, so give '
+         '--model too'),
+        (args.lora_alpha and not args.lora, '--lora-alpha: it is the strength of adapters, so give --lora too'),
         (args.ignore and not args.init, '--ignore: names weights that --init is not to take over, and there is no --init'),
         (args.cache_latents and not args.vae, '--cache-latents: there are latents only with a VAE, so give --vae too'),
+        (args.known_frames and args.frame_noise == 'independent', '--known-frames: with --frame-noise independent known frames are '
+         'frames without noise, and need nothing more; leave it out'),
         (args.low_res is not None and (not args.vae or args.known_frames), '--low-res: clips are enlarged in latents, and the '
          'small clip comes where known frames would, so give --vae too and leave --known-frames out'),
     ]:
@@ -223,9 +263,9 @@ def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> Non
         args.image_size = args.image_size or 32  # small clips leave too little of a latent
     if 'sample_steps' not in given:
         args.sample_steps = min(args.sample_steps, max(1, args.timesteps))
-    for name, columns in DEFAULTS.items():
+    for name, columns in DEFAULTS.items() if args.model is None else ():         # a trained model has others: see fine_tuner
         depends_on_clips = args.folder is not None and name in ('image_size', 'num_frames')
-        column = columns[args.stage == V]
+        column = columns[2 if args.network == 'dit' and len(columns) > 2 else args.stage == V]
         if getattr(args, name, None) is None and column is not None and not depends_on_clips:
             setattr(args, name, column[on_gpu])
     if isinstance(args.image_size, list):
@@ -238,7 +278,10 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     if not isinstance(args.image_size, int):
         raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
     folder = Path(f'data/shapes-{args.image_size}' if args.stage == V or args.vae else 'data/shapes')
-    return draw_toy_world(folder, args.toy_clips, args.image_size, args.num_frames, processes)
+    frames = args.num_frames
+    if args.frame_noise == 'independent':        # a model that goes on for ever learns from windows that begin anywhere
+        folder, frames, args.random_window = folder.with_name(f'{folder.name}-long'), 3 * frames, True
+    return draw_toy_world(folder, args.toy_clips, args.image_size, frames, processes)
 
 
 def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
@@ -263,48 +306,91 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
 def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
     vae = vae_from_checkpoint(args.vae) if args.vae else None
     told = args.known_frames if args.low_res is None else 1.
-    multiple = 2 ** (len(args.dim_mults) - 1) * (vae.space_compression if vae else 1)  # the U-Net halves frames so often
+    dit = args.network == 'dit'
+    multiple = args.patch if dit else 2 ** (len(args.dim_mults) - 1)                  # the U-Net halves frames so often
+    multiple *= vae.space_compression if vae else 1
     frames, height, width = clip_size(args, folder, multiple)
     if vae and args.num_frames is None:
         frames = fitting_frames(frames, vae.time_compression)
+    if dit and not vae and args.num_frames is None:
+        frames = max(1, frames // args.frame_patch) * args.frame_patch
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
+    size[0] += -size[0] % args.frame_patch if dit and vae else 0                      # see latent.py: the first is there twice
     captioned = not args.unconditional and folder.captions is not None
     if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
-    unet = Unet3D(args.dim, dim_mults=tuple(args.dim_mults), channels=channels, attn_heads=args.attn_heads,
-                  attn_dim_head=args.attn_dim_head, use_sparse_linear_attn=args.linear_attention,
-                  cond_dim=encoder.dim if encoder else None, cond_frames=told > 0,
-                  checkpoint_activations=args.checkpoint_activations)
+    network = new_network(args, channels, encoder, folder.captions if captioned else [], cond_frames=told > 0)
     diffusion = GaussianDiffusion(
-        unet, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
+        network, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
-        prob_cond_frames=told)
+        prob_cond_frames=told, frame_noise=args.frame_noise)
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
     choose_batch(args, given, diffusion, processes)
+    return trainer_of(args, diffusion, folder, processes, noise_bias=(2. if captioned else 1.) if args.noise_bias is None else
+                      args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
+
+
+def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob,
-        noise_bias=(2. if captioned else 1.) if args.noise_bias is None else args.noise_bias, muon_lr=args.muon_lr or None,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, muon_lr=args.muon_lr or None,
         ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
-        fps=args.fps, clips_per_video=args.clips_per_video,
+        fps=args.fps, clips_per_video=args.clips_per_video, held_out=args.held_out,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
-        cond_scale=args.cond_scale if captioned else 1., sampler=args.sampler, sample_steps=args.sample_steps, seed=args.seed,
-        compile=args.compile, shard=args.shard,
-        latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None, processes=processes)
+        cond_scale=args.cond_scale if diffusion.denoise_fn.has_cond else 1., sampler=args.sampler, sample_steps=args.sample_steps,
+        seed=args.seed, compile=args.compile, shard=args.shard, processes=processes, **more)
+
+
+def fine_tuner(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
+    """A run that begins with a trained model: see finetune.py."""
+    pretrained = (Path(args.model) / INDEX).is_file()
+    if pretrained:
+        size = (args.image_size, args.image_size) if isinstance(args.image_size, int) else args.image_size
+        diffusion, how = cogvideox_from_folder(args.model, args.num_frames, size), cogvideox_defaults(args.model)
+    else:
+        if given.keys() & {'num_frames', 'image_size'}:
+            raise ValueError(f'--num-frames and --image-size: clips are to be of the size that {args.model} was trained for')
+        state = checkpoint.load_run(args.model)
+        diffusion, how = diffusion_from_state(state), {'fps': state.get('fps'), **state.get('sampling', {})}
+    usual = {flag.dest: flag.default for group in FLAGS.values() for flag in group}
+    for name, value in recipe(pretrained, args.lora, how).items():
+        if name not in given and getattr(args, name) == usual[name]:                  # nor is the run to be tiny
+            setattr(args, name, value)
+    args.amp = args.amp or pretrained and args.lora is None and processes.device.type != 'cpu'
+    begin_with(diffusion, processes.device, args.lora, args.lora_alpha, args.checkpoint_activations or pretrained)
+    say_what_is_trained((diffusion.num_frames, diffusion.height, diffusion.width), diffusion, processes)
+    frames = folder.shape(args.fps)[0]
+    if frames < diffusion.num_frames and processes.is_main:
+        print(f'half of the clips have {frames} frames or fewer: up to {diffusion.num_frames} their last one stands still, and the '
+              'model will learn that; give longer clips')
+    return trainer_of(args, diffusion, folder, processes, noise_bias=args.noise_bias, **(ADAM if pretrained else {}),
+                      **caches(args.model, diffusion, clips_change=args.flip or args.random_window))
+
+
+def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | None, captions: list[str], **how) -> Unet3D | DiT:
+    how |= dict(cond_dim=encoder.dim if encoder else None, channels=channels, checkpoint_activations=args.checkpoint_activations)
+    if args.network == 'dit':
+        longest = max([8, *(len(word_rows(caption, 1)) for caption in captions)])     # or there would be no room for some
+        return DiT(args.dim, depth=args.depth, dim_head=args.attn_dim_head, patch=args.patch, frame_patch=args.frame_patch,
+                   text_length=longest, **how)
+    return Unet3D(args.dim, dim_mults=tuple(args.dim_mults), attn_heads=args.attn_heads, attn_dim_head=args.attn_dim_head,
+                  use_sparse_linear_attn=args.linear_attention, **how)
 
 
 def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:
     """Say what a step needs. A GPU that has no room for the default batch gets a part of it, and as many more passes in a step."""
     need, asked = estimate(diffusion, muon=bool(args.muon_lr)), args.batch_size
     if processes.device.type == 'cuda' and 'batch_size' not in given:
-        args.batch_size = need.fitting(asked, room=torch.cuda.mem_get_info(processes.device)[0])
+        room = torch.cuda.mem_get_info(processes.device)[0]
+        while processes.any(args.batch_size > need.fitting(args.batch_size, room)):        # of all GPUs the one with least room
+            args.batch_size //= 2
         if 'accumulate' not in given:
             args.accumulate = asked // args.batch_size
     if processes.is_main:
@@ -354,7 +440,8 @@ def report(args: argparse.Namespace, trainer: Trainer | VAETrainer) -> None:
     else:
         example = f' --prompt "{trainer.dataset.captions[0]}"' if trainer.use_captions else ''
         example += '' if args.low_res is None else ' --low-res small.gif'
-        print(f'to sample from it: python sample.py {results}{example}')
+        example += '' if trainer.asks_for != 'image_scale' else ' --image first.png'
+        print(f'to sample from it: python sample.py {results if args.lora is None else f"{args.model} --lora {results}"}{example}')
 
 
 def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
@@ -366,7 +453,7 @@ def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
         videos = sample_many(trainer.diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed + 1,
                              processes=trainer.processes, **trainer.sampling.changed())
     if trainer.processes.is_main:
-        video_tensor_to_gif(enlarged(videos), trainer.results_folder / 'graded.gif')
+        video_tensor_to_gif(videos, trainer.results_folder / 'graded.gif', scale=None)
         grades = shapes.grade_all(videos, prompts)
         print(f'grade of {count} clips: {grades["lawful"]:.0f}% lawful'
               + (f', {grades["caption_true"]:.0f}% caption-true, {grades["both"]:.0f}% both' if prompts else ''))

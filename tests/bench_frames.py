@@ -1,19 +1,22 @@
-"""Does the model continue a clip? The toy world's judge on predicted and on prolonged clips.
+"""Does the model go on from frames? The toy world's judge on clips that are predicted, filled in, and made longer.
 
-    python train.py --known-frames 0.5 && python tests/bench_frames.py results/ --captions
+    python train.py --frame-noise independent && python tests/bench_frames.py results/ --sampler ddpm --steps 16
 
-Predicts unseen clips from their first 2 frames, and with --captions from what they say, in each of the three ways of
-known_frames.py; a prediction is right if it is lawful and has the shape, the colour and the direction of the clip. Then
-draws clips of 4 times the length of the model's own, window by window; they should be lawful. A model that reads
-captions gets one for the first window, and with --later-cond-scale for the others.
+Unseen clips are drawn again from their captions alone, from their first 2 frames with captions and without, and from both ends;
+right is what is lawful and has the clip's own shape, colour and direction, and from both ends what is lawful. Then videos
+longer than the model's own are drawn from captions, window by window, the later windows without: how many are lawful as a
+whole, how many in every 8 frames in a row, and for how many frames are they?
 """
 
 import argparse
 import json
+import time
 
 import torch
+from torch import Tensor
 
 from video_diffusion import GaussianDiffusion, shapes, video_tensor_to_gif
+from video_diffusion.diffusion.known_frames import WAYS
 from video_diffusion.distributed import best_device
 from video_diffusion.training.memory import keep_freed_memory
 
@@ -24,49 +27,65 @@ def main():
     parser.add_argument('--count', type=int, default=64)
     parser.add_argument('--steps', type=int, default=25)
     parser.add_argument('--sampler', default='ddim')
-    parser.add_argument('--ways', nargs='+', default=['network', 'guide', 'replace'])
-    parser.add_argument('--weights', nargs='+', type=float, default=[5.], help='of guidance by frames')
-    parser.add_argument('--overlap', type=int, default=4, help='frames that the windows of long clips share')
-    parser.add_argument('--captions', action='store_true', help='predict from the captions, too')
-    parser.add_argument('--later-cond-scale', type=float, default=0., help='guidance of the later windows of long clips')
-    parser.add_argument('--short', action='store_true', help='no long clips')
+    parser.add_argument('--ways', nargs='+', choices=WAYS, help='how frames are made to fit known ones (default: as it was trained)')
+    parser.add_argument('--history-scale', type=float, default=1.)
+    parser.add_argument('--frames', type=int, nargs='*', default=[32], help='lengths of long videos')
+    parser.add_argument('--overlap', type=int, default=4, help='frames that their windows share')
+    parser.add_argument('--known-noise', type=float, default=0., help='under which a window sees those of the window before')
+    parser.add_argument('--only-long', action='store_true')
     parser.add_argument('--out', help='folder for GIFs of what was drawn')
     args = parser.parse_args()
     keep_freed_memory()
-    device = best_device()
-    diffusion = GaussianDiffusion.from_checkpoint(args.checkpoint).to(device)
-    sampling = dict(sampler=args.sampler, steps=args.steps, progress=False)
-    clips, captions = zip(*(shapes.random_clip(10 ** 9 + i, diffusion.height, diffusion.num_frames) for i in range(args.count)))
-    clips = torch.stack(clips)
-    words = chunks(captions) if getattr(diffusion.denoise_fn, 'has_cond', False) else [None] * len(chunks(captions))
-    scale = 1. if words[0] is None else 2. if args.captions else 0.
-    results = []
-
-    def report(name, videos, true):
-        results.append({'case': name, **true, **shapes.grade_all(videos)})
-        print(f'{name}: {results[-1]}', flush=True)
-        if args.out:
-            video_tensor_to_gif(videos[:16], f'{args.out}/{name.replace(" ", "-")}.gif')
-
-    for way, weight in [(way, weight) for way in args.ways for weight in (args.weights if way == 'guide' else [0.])]:
-        name = f'{way} {weight}' if way == 'guide' else way
-        how = dict(sampling, known_by=way, frame_guidance=weight)
-        drawn = torch.cat([
-            diffusion.sample(cond, scale, len(first), first_frames=first.to(device), seed=i, **how).cpu()
-            for i, (first, cond) in enumerate(zip(clips[:, :, :2].split(16), words))])
-        grades = [shapes.grade(video) for video in drawn]
-        right = [grade.lawful and grade.follows(caption) for grade, caption in zip(grades, captions)]
-        report(name, drawn, {'right': 100 * sum(right) / len(right)})
-        if not args.short:
-            guided = dict(cond_scale=2., later_cond_scale=args.later_cond_scale) if words[0] else {}
-            report(f'long {name}', torch.cat([
-                diffusion.sample_long(4 * diffusion.num_frames, cond, overlap=args.overlap, seed=i, **guided, **how)
-                for i, cond in enumerate(words)]), {})
-    print(json.dumps(results))
+    diffusion = GaussianDiffusion.from_checkpoint(args.checkpoint).to(best_device())
+    for way in args.ways or [None]:
+        if not args.only_long:
+            short(diffusion, way, args)
+        for frames in args.frames:
+            long(diffusion, way, frames, args)
 
 
-def chunks(items, size=16):
-    return [list(items[i:i + size]) for i in range(0, len(items), size)]
+def short(diffusion: GaussianDiffusion, way: str | None, args: argparse.Namespace) -> None:
+    frames = diffusion.num_frames
+    clips, captions = zip(*(shapes.random_clip(10 ** 9 + i, diffusion.height, frames) for i in range(args.count)))
+    clips = torch.stack(clips).to(diffusion.alpha.device)
+    first, ends = torch.arange(frames) < 2, torch.arange(frames) % (frames - 1) == 0
+    has_words = getattr(diffusion.denoise_fn, 'has_cond', False)
+    for name, mask, scale in [('from captions alone', None, 1.), ('2 frames and captions', first, 1.), ('2 frames', first, 0.),
+                              ('both ends and captions', ends, 1.), ('both ends', ends, 0.)]:
+        if scale and not has_words:
+            continue
+        how = {} if mask is None else dict(known_mask=mask, known_by=way, history_scale=args.history_scale)
+        drawn = in_batches(args.count, lambda rows: diffusion.sample(
+            list(captions[rows]) if has_words else None, scale, len(clips[rows]), seed=rows.start, sampler=args.sampler,
+            steps=args.steps, progress=False, **how, **({} if mask is None else dict(known=clips[rows]))))
+        report(name, way, drawn, args, captions=captions)
+
+
+def long(diffusion: GaussianDiffusion, way: str | None, frames: int, args: argparse.Namespace) -> None:
+    words = shapes.captions()
+    prompts = [words[i * len(words) // args.count] for i in range(args.count)]
+    has_words = getattr(diffusion.denoise_fn, 'has_cond', False)
+    drawn = in_batches(args.count, lambda rows: diffusion.sample_long(
+        frames, prompts[rows] if has_words else None, batch_size=len(prompts[rows]), overlap=args.overlap, seed=rows.start,
+        later_cond_scale=0. if has_words else None, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,
+        sampler=args.sampler, steps=args.steps, progress=False))
+    lasted = shapes.lawful_frames(drawn)
+    every8 = 100 * sum(count == frames for count in lasted) / len(lasted)
+    report(f'{frames} frames', way, drawn, args, lawful_by_8=every8, frames_until_broken=sum(lasted) / len(lasted))
+
+
+def in_batches(count: int, draw, size: int = 16) -> Tensor:
+    return torch.cat([draw(slice(i, min(count, i + size))).cpu() for i in range(0, count, size)])
+
+
+def report(name: str, way: str | None, drawn: Tensor, args: argparse.Namespace, captions=None, **more) -> None:
+    grades = shapes.grade_all(drawn, captions)
+    if captions is not None:
+        more['right'] = grades['both']
+    more |= dict(lawful=grades['lawful'], why=grades['why'], cpu_seconds=round(time.process_time()))
+    print(json.dumps({'case': name, 'way': way, **more}), flush=True)
+    if args.out:
+        video_tensor_to_gif(drawn[:16], f'{args.out}/{name.replace(" ", "-")}-{way}.gif')
 
 
 if __name__ == '__main__':

@@ -211,6 +211,21 @@ def test_a_checkpoint_does_not_choose_what_is_fetched(runs, monkeypatch):
     assert seen == ['bert-of-mine']
 
 
+def test_nor_does_a_network_that_asks_for_bert(monkeypatch):
+    asked = []
+    monkeypatch.setattr('video_diffusion.networks.text.BertEncoder', lambda name, pool: asked.append((name, pool)) or WordEncoder(768))
+    model = GaussianDiffusion(Unet3D(8, dim_mults=(1,), attn_heads=1, attn_dim_head=8, use_bert_text_cond=True), image_size=8, num_frames=3, timesteps=4)
+    state = run_of(model, model.config())
+    with pytest.raises(ValueError, match='name it yourself, text_encoder=... or --text-encoder, bert-base-cased if'):
+        diffusion_from_state(state).embed(['a red ball'])
+    assert not asked
+    diffusion_from_state(state, 'bert-of-mine').embed(['a red ball'])
+    model.embed(['a red ball'])                                              # of a script that builds it: the usual one
+    assert asked == [('bert-of-mine', 'mean'), ('bert-base-cased', 'mean')]
+    with pytest.raises(ValueError, match="text_encoder='bert-of-mine': this model has learnt its words itself"):
+        diffusion_from_state(make_runs()['pixels'], 'bert-of-mine')
+
+
 # Folders of other projects
 
 @pytest.fixture(scope='module')

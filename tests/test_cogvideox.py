@@ -67,7 +67,7 @@ def save(folder, kind, sampler, frames, **vae):
     for weight in transformer.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
     if kind == 'learned':
-        transformer.float().patch_embed.pos_embedding.normal_()                      # float64 by birth
+        assert transformer.patch_embed.pos_embedding.normal_().dtype == torch.float64    # by birth, and so in the file
     shift, scale = (3., 1.15258426) if kind == 'sincos' else (1., 0.7)
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(4, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, scaling_factor=scale,
@@ -240,7 +240,7 @@ def script(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     written = {}
     monkeypatch.setattr('video_diffusion.data.folder.write_clip',
-                        lambda video, path, fps: written.update({f'{Path(path).name} {fps:g}': video}))
+                        lambda video, path, fps, scale=1: written.update({f'{Path(path).name} {fps:g}': video}))
 
     def run(*args):
         written.clear()

@@ -345,3 +345,14 @@ def test_a_checkpoint_says_which_network_it_holds():
     assert isinstance(unet, Unet3D) and isinstance(dit, DiT) and isinstance(dit.blocks[0], BLOCKS)
     with pytest.raises(ValueError, match='a network of your own'):
         network_from_config(GaussianDiffusion(torch.nn.Identity(), image_size=8, num_frames=2).config())
+
+
+def test_what_needs_single_frames_is_refused_before_training(tmp_path):
+    clips = shapes.make_shapes(tmp_path / 'clips', 2, image_size=16, num_frames=2)
+    diffusion = GaussianDiffusion(DiT(32, dim_head=16, depth=1, patch=4), image_size=16, num_frames=2, timesteps=10)
+    build = lambda **how: Trainer(diffusion, clips, results_folder=tmp_path, processes=Processes(device=torch.device('cpu')), **how)
+    for way in (lambda: build(images=True), lambda: build().train(prob_focus_present=0.5),
+                lambda: build().train(focus_present_mask=torch.ones(32, dtype=torch.bool))):
+        with pytest.raises(ValueError, match='train on frames one by one, and a DiT has no attention within single frames'):
+            way()
+    assert not list(tmp_path.glob('*.csv'))

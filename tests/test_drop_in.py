@@ -74,7 +74,7 @@ def test_tables_by_their_names(name):
 def test_strings_with_bert(monkeypatch, tmp_path):
     from test_text import save_bert
     folder = save_bert(tmp_path)
-    monkeypatch.setattr(gaussian_diffusion, 'BertEncoder', lambda pool: BertEncoder(folder, pool=pool))
+    monkeypatch.setattr(gaussian_diffusion, 'named_bert', lambda name, pool: BertEncoder(folder, pool=pool))
     model = video_diffusion.Unet3D(dim=8, use_bert_text_cond=True, dim_mults=(1, 2))
     model.null_cond = torch.nn.Parameter(torch.zeros(1, 32))             # the tests' BERT is narrower than the real one
     for block in model.modules():

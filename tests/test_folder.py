@@ -53,6 +53,41 @@ def test_captions_in_a_table(folder, columns):
         ClipFolder(folder)
 
 
+def test_a_window_has_the_caption_that_is_true_where_it_begins(tmp_path):
+    """The frames of the file tell their number by their grey; at another rate the captions stay where they are."""
+    video = (torch.arange(24).float() * 10 / 255).view(1, 24, 1, 1).expand(3, -1, 8, 8)
+    video_tensor_to_gif(video, tmp_path / 'a.gif', duration=100)
+    (tmp_path / 'a.txt').write_text('0: goes\n\n  9:  comes back \n20: 3: stops\n')
+    assert ClipFolder(tmp_path).captions == ['goes']
+    for fps, factor in ((None, 1), (5, 2)):
+        data = GifDataset(tmp_path, 8, num_frames=4, random_window=True, fps=fps)
+        seen = {}
+        for _ in range(150):
+            window, caption = data[0]
+            seen[round(window[0, 0, 0, 0].item() * 255 / 10)] = caption
+        assert set(seen) == set(range(0, 24 - 4 * factor + 1, factor))
+        assert seen == {begin: 'goes' if begin < 9 else 'comes back' if begin < 20 else '3: stops' for begin in seen}
+    parts = GifDataset(tmp_path, 8, num_frames=4, clips_per_video=3)
+    assert [parts[i][1] for i in range(3)] == [parts.caption(i, parts.stretch(i)[0]) for i in range(3)] == [
+        'goes', 'goes', 'comes back']
+    assert GifDataset(tmp_path, 8, num_frames=4)[0][1] == 'goes'
+
+
+@pytest.mark.parametrize('text, caption', [
+    ('0: one line alone', '0: one line alone'), ('a red\nball', 'a red ball'), ('0: a\nand b', '0: a and b'), ('12:30\nat noon', '12:30 at noon')])
+def test_a_caption_with_a_number_in_it_is_still_a_caption(folder, text, caption):
+    for name in ('a', 'b', 'deep/c'):
+        (folder / f'{name}.txt').write_text(text)
+    assert ClipFolder(folder).captions == [caption] * 3 and not ClipFolder(folder).captions[0].later
+
+
+@pytest.mark.parametrize('text', ['1: a\n5: b', '0: a\n5: b\n5: c', '0: a\n7: b\n5: c'])
+def test_captions_out_of_order_get_a_sentence(folder, text):
+    (folder / 'a.txt').write_text(text)
+    with pytest.raises(ValueError, match=r'a\.txt has a caption for each of the frames \[.*let the first be 0'):
+        ClipFolder(folder)
+
+
 @pytest.mark.parametrize('table, says', [
     (b'name,text\na.gif,b\n', 'first line'), (b'', 'first line'), (b'file_name,text\na.gif,\xff\n', 'decode'),
     (b'file_name,text\na.gif,' + b'x' * 10**6, 'field larger'), (b'file_name,text\na.gif\n', 'no caption')])
@@ -160,7 +195,7 @@ print(getrusage(RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) < 3.5e5                                           # kilobytes, beyond those of PyTorch
 
 
-def test_every_damage_of_a_picture_is_the_one_error(tmp_path):
+def test_every_damage_of_a_picture_is_the_one_error(tmp_path, slow):
     rng, image = random.Random(0), Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 12, 3), np.uint8))
     files = {'gif': save(tmp_path / 'whole.gif').read_bytes()}
     for kind in ('png', 'jpeg', 'webp', 'bmp'):
@@ -168,7 +203,7 @@ def test_every_damage_of_a_picture_is_the_one_error(tmp_path):
             image.save(out, kind)
             files[kind] = out.getvalue()
     errors = 0
-    for number in range(400):
+    for _ in range(12000 if slow else 400):
         kind = rng.choice(list(files))
         data = bytearray(files[kind])
         for _ in range(rng.randrange(1, 6)):

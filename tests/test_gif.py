@@ -4,6 +4,7 @@ like is computed pixel by pixel from the same description, so neither Pillow nor
     pytest tests/test_gif.py
 """
 
+import base64
 import random
 import struct
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
+from video_diffusion import show
 from video_diffusion.data.gif import gif_to_tensor, read_frames, tile, video_tensor_to_gif
 
 # ------------------------------------------------------------- a second, slow and plain, writer and composer
@@ -325,3 +327,27 @@ def test_bad_videos(tmp_path, video, says):
 def test_bad_times(tmp_path, arguments):
     with pytest.raises(ValueError, match='duration=.*loop='):
         video_tensor_to_gif(torch.zeros(1, 1, 2, 2), tmp_path / 'a.gif', **arguments)
+
+
+def test_small_clips_are_enlarged_with_hard_pixels(tmp_path):
+    video = torch.randint(0, 2, (2, 3, 4, 5, 7)).float()                    # few colours: all are kept
+    frames = video_tensor_to_gif(video, tmp_path / 'seen.gif', scale=None)
+    scale = 14                                                              # 7 * 14 is the first multiple above 96
+    assert frames[0].size == (2 * (7 * scale + 4), 5 * scale + 4)           # two side by side, 2 pixels around each
+    read = gif_to_tensor(tmp_path / 'seen.gif')
+    for number, clip in enumerate(video):
+        part = read[:, :, 2:2 + 5 * scale, number * (7 * scale + 4) + 2:][..., :7 * scale]
+        assert torch.equal(part, clip.repeat_interleave(scale, 2).repeat_interleave(scale, 3))
+    large = torch.zeros(3, 1, 2, 97)
+    assert video_tensor_to_gif(large, tmp_path / 'large.gif', scale=None)[0].size == (97, 2)
+    with pytest.raises(ValueError, match='scale=0: give a whole number'):
+        video_tensor_to_gif(large, tmp_path / 'none.gif', scale=0)
+
+
+def test_show_plays_in_a_notebook_and_says_what_it_is_elsewhere(tmp_path):
+    video = torch.rand(2, 3, 4, 5, 6)
+    video_tensor_to_gif(video, tmp_path / 'a.gif', duration=50, scale=3)
+    shown = show(video, scale=3, duration=50)
+    assert base64.b64decode(shown._repr_html_().split('base64,')[1].split('"')[0]) == (tmp_path / 'a.gif').read_bytes()
+    assert repr(shown) == '<2 videos of 4 frames, 5x6, 3 channels; in a notebook it plays>'
+    assert repr(show(video[0])) == '<a video of 4 frames, 5x6, 3 channels; in a notebook it plays>'

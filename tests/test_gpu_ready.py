@@ -15,9 +15,9 @@ from test_fake_device import SHAPE, SIZE, causal, dit, latent, temporal, unet
 from torch import nn
 from torch.export import Dim
 
-from video_diffusion.networks import attention, unet_blocks
 from video_diffusion.networks import dit as dit_room
-from video_diffusion.networks.attention import attend, rotary_angles, rotate
+from video_diffusion.networks import recompute, unet_blocks
+from video_diffusion.networks.attention import attend
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,20 +37,10 @@ def test_the_network_of_a_gpu_is_that_of_a_cpu(make, monkeypatch):
         weight.data += 0.2 * torch.randn_like(weight)                       # gains of 1 and gates of 0 would hide much
     inputs = torch.randn(SHAPE, dtype=torch.float64), torch.tensor([3., 700.], dtype=torch.float64)
     expected = output_and_gradients(network, *inputs)
-    for module in (attention, unet_blocks, dit_room):
+    for module in (recompute, unet_blocks, dit_room):
         monkeypatch.setattr(module, 'on_cpu', lambda x: False)
     for a, b in zip(expected, output_and_gradients(network, *inputs), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)         # angles are float32 in either
-
-
-def test_rotation_by_pairs_is_that_by_complex_numbers(monkeypatch):
-    rotary = unet().init_temporal_attention.rotary
-    x = torch.randn(2, 5, 6, 4 * 8)
-    angle = rotary_angles(5, rotary, dim_head=8)
-    expected = rotate(x, angle)
-    assert not torch.allclose(expected, x)
-    monkeypatch.setattr(attention, 'on_cpu', lambda x: False)
-    torch.testing.assert_close(rotate(x, angle), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_attention_keeps_within_the_range_of_fp16():

@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from video_diffusion import GaussianDiffusion, Unet3D, samplers
-from video_diffusion.diffusion import known_frames
+from video_diffusion.diffusion import frame_levels, known_frames
 from video_diffusion.diffusion.noise_schedule import cosine_schedule
 
 FRAMES = 6
 
 
-def tiny(told=0.5, **kwargs):
+def tiny(told=0.5, frame_noise='shared', **kwargs):
     torch.manual_seed(0)
+    told = told if frame_noise == 'shared' else 0.
     unet = Unet3D(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, cond_frames=told > 0, **kwargs)
-    return GaussianDiffusion(unet, image_size=8, num_frames=FRAMES, timesteps=50, objective='v', prob_cond_frames=told)
+    return GaussianDiffusion(unet, image_size=8, num_frames=FRAMES, timesteps=50, objective='v', prob_cond_frames=told,
+                             frame_noise=frame_noise)
 
 
 @pytest.mark.parametrize('sampler', samplers.SAMPLERS)
@@ -21,7 +23,8 @@ def tiny(told=0.5, **kwargs):
 def test_known_frames_come_out_as_they_went_in(sampler, way):
     video = torch.rand(2, 3, FRAMES, 8, 8)
     mask = torch.tensor([[True, False, False, True, False, False], [False, False, True, False, False, True]])
-    drawn = tiny().sample(known=video, known_mask=mask, known_by=way, sampler=sampler, steps=4, batch_size=2, progress=False)
+    diffusion = tiny(frame_noise='independent' if way == 'level' else 'shared')
+    drawn = diffusion.sample(known=video, known_mask=mask, known_by=way, sampler=sampler, steps=4, batch_size=2, progress=False)
     for clip, given, which in zip(drawn, video, mask):
         assert torch.allclose(clip[:, which], given[:, which], atol=1e-5)
         assert (clip[:, ~which] - given[:, ~which]).abs().mean() > 0.05
@@ -119,7 +122,7 @@ def test_a_network_that_is_told_learns_to_use_it():
 
 
 def test_masks_of_training():
-    mask = known_frames.draw_mask(4000, FRAMES, 0.5, torch.device('cpu'), torch.Generator().manual_seed(0))
+    mask = frame_levels.draw_mask(4000, FRAMES, 0.5, torch.device('cpu'), torch.Generator().manual_seed(0))
     some = mask[mask.any(dim=1)]
     assert 0.46 < len(some) / len(mask) < 0.54
     assert some[:, 0].all() and not some.all(dim=1).any()                # a beginning, never all of it,
@@ -128,7 +131,7 @@ def test_masks_of_training():
     assert set(lengths.tolist()) == {1, 2, 3, 4, 5}
     assert 0.45 < some[lengths < 5, -1].float().mean() < 0.55            # half of them with the end, where something is between
     assert (some[:, :-1].int().diff(dim=1) <= 0).all()                   # no gaps
-    assert not known_frames.draw_mask(50, FRAMES, 0., torch.device('cpu'), None).any()
+    assert not frame_levels.draw_mask(50, FRAMES, 0., torch.device('cpu'), None).any()
 
 
 def test_longer_clips_are_windows_that_share_frames():

@@ -205,6 +205,23 @@ def test_the_cache_goes_on_where_it_stopped_and_knows_what_it_holds(clips, tmp_p
         LatentCache(GifDataset(clips, SIZE), GaussianDiffusion(Unet3D(8), image_size=16, num_frames=5), tmp_path, CPU)
 
 
+@pytest.mark.parametrize('keeps', [0, 1, 60, 700])
+def test_a_latent_that_lost_its_end_is_encoded_again(clips, tmp_path, monkeypatch, keeps):
+    dataset = GifDataset(clips, SIZE, num_frames=FRAMES)
+    cache = LatentCache(dataset, make(), tmp_path, CPU)
+    whole, latents = cache.files[2].read_bytes(), cache.clip(2)
+    assert len(whole) > 700
+    cache.files[2].write_bytes(whole[:keeps])
+    encoded, encode = [], LatentDiffusion.encode
+    monkeypatch.setattr(LatentDiffusion, 'encode', lambda self, videos, *how: encoded.append(len(videos)) or encode(self, videos, *how))
+    again = LatentCache(dataset, make(), tmp_path, CPU)
+    assert encoded == [1] and again.paths == dataset.paths
+    torch.testing.assert_close(again.clip(2), latents, rtol=1e-4, atol=1e-5)
+    again.files[2].write_bytes(whole[:300] + bytes(100) + whole[400:])                      # of the right length, and only seen when read
+    with pytest.raises(ValueError, match='is refused: .*Delete this file, and it is made again'):
+        LatentCache(dataset, make(), tmp_path, CPU).clip(2)
+
+
 def test_the_cache_reads_a_clip_once_and_keeps_no_pixels(clips, tmp_path, monkeypatch):
     reads, read = [], GifDataset.read
     monkeypatch.setattr(GifDataset, 'read', lambda self, index, *how: reads.append(index) or read(self, index, *how))

@@ -134,6 +134,22 @@ def test_videos_that_go_on_from_a_clip(run, clips):
         assert code == 2 and says in err and len(err.splitlines()) == 1, err
 
 
+def test_a_model_whose_frames_have_noise_of_their_own(run):
+    """Its toy world is long, windows of it have captions of their own; it goes on from frames, and on, as captions take turns."""
+    code, out, _ = run('train.py', *SMALL, '--toy-clips', 8, '--frame-noise', 'independent', '--num-frames', 4)
+    assert code == 0 and 'grade of 64 clips: ' in out
+    assert gif_to_tensor('data/shapes-long/00000.gif').shape[1] == 12
+    assert checkpoint.load(checkpoint.newest('results'))['config']['diffusion']['frame_noise'] == 'independent'
+    draw = 'sample.py', 'results', '--device', 'cpu', '--steps', 2, '--prompt', 'a red circle moving left => a red circle moving up'
+    code, out, _ = run(*draw, '--first-frames', 'data/shapes-long/00000.gif', '--known', 2, '--frames', 11, '--history-scale', 1.5)
+    assert code == 0
+    video = gif_to_tensor('samples/000-a-red-circle-moving-left-a-red-circle-moving-up.gif')
+    assert video.shape == (3, 11, 16, 16)
+    assert (video[:, :2] - gif_to_tensor('data/shapes-long/00000.gif')[:, -2:]).abs().max() < 0.1
+    code, _, err = run('train.py', *SMALL, '--results', 'other', '--frame-noise', 'independent', '--known-frames', 0.5)
+    assert code == 2 and 'train.py: --known-frames: with --frame-noise independent' in err
+
+
 def test_prompts_from_a_file_and_the_same_seed(run, clips):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a red circle moving left\n\n  a blue square moving up \n')
@@ -158,6 +174,27 @@ def test_schedules_samplers_and_guidance_by_flags(run, clips):
         assert code == 0, err
         pictures.append(Path('samples/all.gif').read_bytes())
     assert len(set(pictures)) == 4
+
+
+def test_a_transformer_instead_of_the_unet_in_pixels_and_in_latents(run, clips):
+    small = ['--network', 'dit', '--dim', 16, '--attn-dim-head', 16, '--depth', 1, *SMALL[5:]]
+    long = Path(shutil.copytree(clips, 'long'))
+    sorted(long.glob('*.txt'))[0].write_text('one two three four five six seven eight nine ten')
+    code, out, err = run('train.py', 'long', *small)
+    assert code == 0 and '2 frames of 20x20' in out, err                          # 3 are no multiple of --frame-patch 2
+    config = checkpoint.load_run('results')['config']['dit']
+    assert (config['text_length'], config['patch'], config['frame_patch']) == (10, 4, 2)
+    assert run('sample.py', 'results', '--prompt', 'a red circle moving left', '--device', 'cpu')[0] == 0
+    assert run('train.py', clips, '--stage', 'vae', *SMALL[:9], '--image-steps', 0, '--device', 'cpu')[0] == 0
+    code, out, err = run('train.py', clips, *small, '--vae', 'results_vae', '--patch', 2, '--held-out', 2, '--known-frames', 0.5, '--results', 'latent')
+    state = checkpoint.load_run('latent')['config']
+    assert code == 0 and state['diffusion']['num_frames'] == 4 and state['latent']['num_frames'] == 3, err     # the first is there twice
+    assert run('sample.py', 'latent', '--prompt', 'a red circle moving left', '--tile', 16, '--offload', '--device', 'cpu')[0] == 0
+    for flags, says in ((('--network', 'dit', '--dim-mults', 1), '--dim-mults has no meaning with --network dit'),
+                        (('--network', 'dit', '--focus-present', 0.5), '--focus-present has no meaning with --network dit'),
+                        (('--depth', 3), '--depth has no meaning with --network unet')):
+        code, _, err = run('train.py', clips, '--device', 'cpu', *flags)
+        assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
 
 
 @pytest.mark.parametrize('args, sentence', [
@@ -193,6 +230,9 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
         (['free', '--steps', '21'], 'steps=21'),
         (['free', '--negative', 'x'], 'need guidance'),
         (['results', '--prompts-file', 'none.txt'], 'none.txt'),
+        (['results', '--prompt', 'x', '--text-encoder', 'someone/bert'], 'has learnt its words itself'),
+        (['free', '--text-encoder', 'someone/bert'], '--text-encoder: this model was trained without captions'),
+        (['free', '--out', 'text.pt'], 'text.pt'), (['free', '--out', '/proc'], '/proc'),      # said before anything is drawn
     ]:
         code, _, err = run('sample.py', *args, '--device', 'cpu')
         complaint = [line for line in err.splitlines() if line.startswith('sample.py:')]
@@ -200,7 +240,7 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
 
 
 def test_help_says_every_default_in_few_lines():
-    for script, most in (('train.py', 110), ('sample.py', 64)):
+    for script, most in (('train.py', 120), ('sample.py', 68)):
         text = subprocess.run([sys.executable, str(ROOT / script), '--help'], capture_output=True, text=True, check=True,
                               timeout=100).stdout
         assert len(text.splitlines()[0]) < 80 and text.count('\n') < most
@@ -238,6 +278,7 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
     (('--dim', 0), 'dim=0'), (('--dim', -8), 'dim=-8'), (('--dim-mults', 0), 'dim_mults=0'), (('--attn-dim-head', 1), 'attn_dim_head=1'),
     (('--timesteps', 0), 'timesteps=0'), (('--known-frames', 2), 'prob_cond_frames=2'), (('--focus-present', 'nan'), 'prob_focus_present=nan'),
     (('--offset-noise', -1), 'offset_noise=-1'), (('--null-cond-prob', 5), 'null_cond_prob=5'), (('--cond-scale', 'inf'), 'cond_scale=inf'),
+    (('--timeout', 0), 'timeout=0.0: give a number above 0, at most 86400'), (('--timeout', 'nan'), 'timeout=nan'),
     (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
     (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
     (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),

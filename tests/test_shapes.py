@@ -10,6 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import gaussian_blur
 
+from video_diffusion import ClipFolder
 from video_diffusion.data.gif import gif_to_tensor
 from video_diffusion.data.shapes import (
     BACKGROUND,
@@ -22,6 +23,7 @@ from video_diffusion.data.shapes import (
     grade,
     grade_all,
     grade_batch,
+    lawful_frames,
     make_shapes,
     random_clip,
 )
@@ -103,6 +105,31 @@ def test_drawing_is_antialiased_and_inside_the_frame():
         assert ((area / area[0] - 1).abs() < 0.01).all()             # nothing is cut off at a wall
         assert 0.2 ** 2 * factor * 0.97 < area[0] < 0.25 ** 2 * factor * 1.03
         assert ((cover > 0.1) & (cover < 0.9)).any()                 # soft edges
+
+
+def test_windows_of_long_clips_have_captions_of_their_own(tmp_path):
+    """What the judge sees in any window is what the label of the clip says of the frame where it begins."""
+    make_shapes(tmp_path, 4, 16, 30, seed=3)
+    for clip, caption in zip(sorted(tmp_path.glob('*.gif')), ClipFolder(tmp_path).captions):
+        video = gif_to_tensor(clip)
+        assert len(caption.later) >= 2                               # it turns round
+        windows = torch.stack([video[:, begin:begin + 8] for begin in range(0, 23, 2)])
+        assert grade_all(windows, [caption.at(begin) for begin in range(0, 23, 2)])['both'] == 100
+
+
+def test_frames_until_the_first_broken_law():
+    videos, _ = clips(4, 16, 40)
+    assert lawful_frames(videos) == [40] * 4
+    spoilt = videos.clone()
+    spoilt[0, :, 25] = 0.5                                           # no blob
+    spoilt[1, :, 12:] = videos[1, :, 12:].roll(5, dims=-1)           # a jump
+    spoilt[2, :, 20:] = videos[2, :, 20:21]                          # stands still; to be seen once most of a window does
+    spoilt[3, :, 3] = 0.5
+    broken = lawful_frames(spoilt)
+    assert broken[:2] == [25, 12] and 20 < broken[2] <= 28 and broken[3] == 0
+    # So slowly from one colour to another that no 8 frames show it: but it is not what it was.
+    red, magenta = (draw_clip('square', colour, 'left', 7, 16, 60) for colour in ('red', 'magenta'))
+    assert 25 < lawful_frames(torch.lerp(red, magenta, torch.linspace(0, 1, 60).view(-1, 1, 1))[None])[0] < 45
 
 
 def test_a_square_drawn_independently_is_lawful():

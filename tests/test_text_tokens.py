@@ -8,9 +8,17 @@ import pytest
 import torch
 from test_text import PROMPTS, save_bert, save_t5
 
-from video_diffusion import GaussianDiffusion, Trainer, Unet3D
+from video_diffusion import GaussianDiffusion, Trainer, Unet3D, checkpoint
 from video_diffusion.data.shapes import make_shapes
-from video_diffusion.networks.text import BertEncoder, CaptionCache, T5Encoder, WordEncoder, text_encoder_from_config
+from video_diffusion.distributed import Processes
+from video_diffusion.networks.text import (
+    BertEncoder,
+    CaptionCache,
+    T5Encoder,
+    WordEncoder,
+    caption_folder,
+    text_encoder_from_config,
+)
 
 SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, resnet_groups=4, cond_dim=16)
 
@@ -92,6 +100,31 @@ def test_a_full_cache_keeps_no_more(encoders):
     for _ in range(2):
         assert cache(['a', 'b', 'c']).shape == (3, 4)
     assert asked == ['a', 'b', 'c', 'c']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_cache_on_the_disk_outlives_its_encoder(encoders, tmp_path, dtype):
+    encoder, asked = T5Encoder(encoders['t5'].name_or_path, dtype=dtype, length=5), []
+    expected = CaptionCache(encoder.tokens)(PROMPTS)
+    folder = caption_folder(encoder, tmp_path)
+    cache = CaptionCache(lambda texts: asked.extend(texts) or encoder.tokens(texts), folder=folder)
+    for texts in ({PROMPTS[0]}, set(PROMPTS), set(PROMPTS)):
+        cache.fill(texts, Processes())
+    assert sorted(asked) == sorted(PROMPTS)                                   # each once, whoever had been stopped before
+    encoder.unload()
+    assert not hasattr(encoder, 'transformer') and encoder.double() is encoder and encoder.config()['length'] == 5
+    again = CaptionCache(encoder.tokens, folder=folder)(PROMPTS)
+    assert torch.equal(again, expected) and again.dtype == torch.float32
+    kept = {checkpoint.load(file).dtype for file in folder.iterdir()}
+    assert kept == {getattr(torch, dtype)}                                    # in bf16 only what is
+
+
+def test_other_encoders_have_another_place(encoders, tmp_path):
+    one = T5Encoder(encoders['t5'].name_or_path, length=5)
+    places = [caption_folder(one, tmp_path), caption_folder(T5Encoder(one.name_or_path, length=6), tmp_path)]
+    next(one.transformer.parameters()).data[0, 0] += 1
+    places.append(caption_folder(one, tmp_path))
+    assert len(set(places)) == 3
 
 
 # ---- the network

@@ -20,7 +20,7 @@ from video_diffusion import GaussianDiffusion, Trainer, Unet3D, WordEncoder, che
 from video_diffusion.distributed import Processes
 from video_diffusion.training.ema import EMA
 from video_diffusion.training.interrupt import StopRequest
-from video_diffusion.training.loop import amp_dtype
+from video_diffusion.training.precision import amp_dtype
 
 HERE = Path(__file__).parent
 CPU = Processes(device=torch.device('cpu'))
@@ -237,7 +237,7 @@ def test_loading_refuses_a_checkpoint_of_another_model(clips, tmp_path):
 
 # Stopping
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_ends_cleanly(clips, tmp_path, number):
     before = signal.getsignal(number)
     trainer = make_trainer(clips, tmp_path, train_num_steps=1000, save_and_sample_every=1000, log_every=1)

@@ -86,3 +86,41 @@ def test_weights_go_back_unchanged(channels):
     assert back.keys() == theirs.state_dict().keys()
     for name, weight in theirs.state_dict().items():
         assert torch.equal(back[name], weight), name
+
+
+@pytest.mark.parametrize('config', [dict(), dict(cond_dim=6), dict(cond_dim=6, text_tokens=True)], ids=str)
+def test_a_step_for_each_frame_is_a_step_for_the_clip_where_they_agree(config):
+    """Output and all gradients."""
+    torch.manual_seed(0)
+    unet = Unet3D(**SMALL, **config).double()
+    x, time = torch.randn(2, 3, 5, 8, 12).double(), torch.tensor([3., 700.]).double()
+    given = dict(cond=torch.randn(2, 4, 6) if 'text_tokens' in config else torch.randn(2, 6)) if config else {}
+    given = {name: value.double() for name, value in given.items()}
+    results = []
+    for steps in (time, time[:, None].expand(-1, 5)):
+        xi = x.clone().requires_grad_()
+        out = unet(xi, steps, **given)
+        unet.zero_grad()
+        gradients = grads(unet, (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum())
+        results.append([out.detach(), xi.grad, *(g.clone() for g in gradients.values())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_each_frame_is_told_its_own_step_and_no_other():
+    torch.manual_seed(0)
+    unet = Unet3D(**SMALL).double()
+    x, steps = torch.randn(2, 3, 5, 8, 12).double(), torch.randint(0, 1000, (2, 5)).double()
+    emb = torch.randn(2, 5, 64).double()
+    block = unet.downs[0].block1.block1
+    narrow = unet.init_conv(x)
+    together = block.activate(block.conv(narrow), unet.downs[0].block1.to_scale_shift(emb))
+    for frame in range(5):
+        alone = block.activate(block.conv(narrow), unet.downs[0].block1.to_scale_shift(emb[:, frame:frame + 1]))
+        torch.testing.assert_close(together[:, :, frame], alone[:, :, frame])
+    other = steps.clone()
+    other[1, 3] += 100
+    changed = (unet(x, steps) != unet(x, other)).flatten(1).any(dim=1)
+    assert changed.tolist() == [False, True]
+    with pytest.raises(ValueError, match=r'time has shape \(2, 4\): expected \(2,\), a step for each video, or \(2, 5\)'):
+        unet(x, steps[:, :4])

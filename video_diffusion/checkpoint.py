@@ -174,6 +174,23 @@ def misfit(value, place: Tensor) -> str | None:
     return None
 
 
+def moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """What an optimizer remembers of each weight, if it is of our kind and fits. Of its settings only numbers are believed."""
+    groups = optimizer.state_dict()['param_groups']
+    if [len(group['params']) for group in state['param_groups']] != [len(group['params']) for group in groups]:
+        raise ValueError('it was trained by another optimizer (Adam, or Muon, which has muon_lr): choose that one')
+    weights = [(weight, {'momentum'} if 'momentum' in group else {'step', 'exp_avg', 'exp_avg_sq'})
+               for group in optimizer.param_groups for weight in group['params']]
+    for number, kept in state['state'].items():
+        weight, names = weights[number]
+        shapes = {name: () if name == 'step' else tuple(weight.shape) for name in names}
+        if {name: tuple(value.shape) for name, value in kept.items() if value.is_floating_point()} != shapes:
+            raise ValueError(f'what its optimizer remembers of weight {number} is not of the shape {tuple(weight.shape)}')
+    for group, stored in zip(groups, state['param_groups']):
+        group |= {name: value for name, value in stored.items() if isinstance(value, float) and isinstance(group.get(name), float)}
+    return {'state': state['state'], 'param_groups': groups}
+
+
 def same_settings(mine: dict | None, stored: dict | None, constructor: Callable) -> bool:
     """Whether two sets of arguments build the same thing. Those that a checkpoint is too old to know had their defaults."""
     defaults = {name: p.default for name, p in inspect.signature(constructor).parameters.items()}

@@ -3,11 +3,16 @@
 `torchrun --nproc_per_node=4 train.py clips/` starts the same script four times and tells each process its
 rank through environment variables. `init` joins them into a group and returns this process's place in it; a
 script that was started alone gets a group of one, for which every function here is a no-op.
+
+Who dies, hangs or was started with other settings must not leave the rest waiting: all waiting has an end, `timeout`, and
+where one process may have much to do alone (drawing, saving, encoding) the others wait ten times as long.
 """
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +28,7 @@ class Processes:
     device: torch.device = torch.device('cpu')
     cpu_group: dist.ProcessGroup | None = None  # for small messages that should not wait for a GPU
     frames_group: dist.ProcessGroup | None = None  # those that hold the frames of the same clips; None: each has its own
+    patient_group: dist.ProcessGroup | None = None  # like cpu_group, where one process may have much to do alone
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +57,38 @@ class Processes:
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.cpu_group)
         return bool(answer.item())
 
+    def wait(self) -> None:
+        """Patiently, until all are here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.patient_group)
+
+    def by_main(self, action: Callable[[], object]) -> None:
+        """The main process acts, while the others wait patiently. What it raises is raised in all of them."""
+        fault = [None]
+        if self.is_main:
+            try:
+                action()
+            except (ValueError, OSError) as error:
+                fault = [str(error)]
+                if self.world_size == 1:
+                    raise
+        if self.world_size > 1:
+            dist.broadcast_object_list(fault, 0, group=self.patient_group)
+        if fault[0] is not None:
+            raise ValueError(fault[0])
+
+    def agree(self, settings: dict) -> None:
+        """Refuse what is not the same in all processes: it would train all the same, or wait for ever."""
+        if self.world_size == 1:
+            return
+        everyone = [None] * self.world_size
+        dist.all_gather_object(everyone, {name: repr(value) for name, value in settings.items()}, group=self.cpu_group)
+        different = [f'{name}: {everyone[0].get(name)!s:.200} in process 0 and {one.get(name)!s:.200} in process {rank}'
+                     for rank, one in enumerate(everyone) for name in {**everyone[0], **one}
+                     if one.get(name) != everyone[0].get(name)]
+        if different:
+            raise ValueError(f'processes were started with different settings ({"; ".join(different[:10])}): give all the same')
+
     def mean(self, values: Tensor) -> Tensor:
         """The average over the processes, on the device of `values`, so that nobody has to wait for a GPU."""
         if self.world_size > 1:
@@ -66,11 +104,11 @@ class Processes:
                 dist.broadcast(weight, 0, group=self.cpu_group if weight.device.type == 'cpu' else None)
 
     def gather(self, items: dict) -> dict:
-        """The entries of all processes' dicts together, in the main one."""
+        """The entries of all processes' dicts together, in the main one; patiently."""
         if self.world_size == 1:
             return items
         parts = [None] * self.world_size if self.is_main else None
-        dist.gather_object(items, parts, dst=0, group=self.cpu_group)
+        dist.gather_object(items, parts, dst=0, group=self.patient_group)
         return {key: value for part in parts or [] for key, value in part.items()}
 
 
@@ -89,7 +127,10 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name) if kind != 'cuda' or index else torch.device('cuda', local_rank)
 
 
-def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None, context_parallel: int = 1) -> Processes:
+TIMEOUT = timedelta(minutes=2)
+
+
+def init(timeout: timedelta = TIMEOUT, device: str | None = None, context_parallel: int = 1) -> Processes:
     """Join the group that torchrun announces, or be a group of one.
 
     A process that waits longer than `timeout` for the others raises, rather than hang for ever.
@@ -106,13 +147,14 @@ def init(timeout: timedelta = timedelta(minutes=10), device: str | None = None, 
         torch.cuda.set_device(place)
     dist.init_process_group('nccl' if place.type == 'cuda' else 'gloo', timeout=timeout)
     cpu_group = dist.new_group(backend='gloo', timeout=timeout)
+    patient_group = dist.new_group(backend='gloo', timeout=10 * timeout)
     frames_group = None
     if context_parallel > 1:
         frames_group = data_and_frames_mesh(context_parallel, place.type, timeout).get_group('frames')
-    return Processes(dist.get_rank(), world_size, place, cpu_group, frames_group)
+    return Processes(dist.get_rank(), world_size, place, cpu_group, frames_group, patient_group)
 
 
-def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedelta = timedelta(minutes=10),
+def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedelta = TIMEOUT,
                          adjacent: bool = True) -> DeviceMesh:
     """Processes in a grid: data parallel along one axis, context parallel (one clip's frames) along the other.
 
@@ -135,6 +177,19 @@ def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedel
     frames_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
     return DeviceMesh.from_group([data_group, frames_group], device_type, mesh=grid,
                                  mesh_dim_names=('data', 'frames'))
+
+
+@contextmanager
+def lost_others():
+    """Within, the error of waiting in vain for a process is one sentence, whichever operation it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        words = str(error).splitlines()[0] if str(error) else ''
+        if not dist.is_initialized() or not any(sign in str(error) for sign in ('gloo', 'NCCL')):
+            raise
+        raise ConnectionError(f'process {dist.get_rank()} waited in vain for the others: one of them has died, hangs, or needs '
+                              f'longer than the time-out; see its own output ({words:.300})') from error
 
 
 def close() -> None:

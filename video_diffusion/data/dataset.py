@@ -121,32 +121,42 @@ class GifDataset(Dataset):
 
     def clip_and_caption(self, index: int, generator: torch.Generator | None = None):
         place, flip = (0., 1.) if generator is None else torch.rand(2, generator=generator).tolist()
-        index, clip = self.readable(index, place)
+        index, clip, begin = self.readable(index, place)
         if self.random_window and generator is not None:
             self.windows += 1
             if has_cut(clip):
-                index, clip = self.without_cut(index, clip, generator)
+                index, clip, begin = self.without_cut(index, clip, begin, generator)
         if self.horizontal_flip and flip < 0.5:
             clip = clip.flip(-1)
-        return clip, self.captions and self.captions[index]
+        return clip, self.captions and self.caption(index, begin)
 
-    def without_cut(self, index: int, clip: Tensor, generator: torch.Generator, tries: int = 4) -> tuple[int, Tensor]:
+    def caption(self, index: int, begin: int) -> str:
+        """What the clip shows from that frame on, counted at our rate."""
+        caption = self.captions[index]
+        if not getattr(caption, 'later', None):
+            return caption
+        return caption.at(begin if self.rate is None else begin * clip_shape(self.paths[index])[1] / self.rate)
+
+    def without_cut(
+        self, index: int, clip: Tensor, begin: int, generator: torch.Generator, tries: int = 4,
+    ) -> tuple[int, Tensor, int]:
         """Another window, for a change of scene is not motion; if all have one, the last."""
         self.cuts += 1
         if self.cuts & self.cuts - 1 == 0:                  # 1, 2, 4, 8, ...: a worker process cannot say it at the end
             warnings.warn(f'{self.cuts} of {self.windows} windows had a change of scene in them and were drawn again')
         for _ in range(tries):
-            index, clip = self.readable(index, torch.rand(1, generator=generator).item())
+            index, clip, begin = self.readable(index, torch.rand(1, generator=generator).item())
             if not has_cut(clip):
                 break
-        return index, clip
+        return index, clip, begin
 
-    def window(self, index: int, place: float) -> Tensor:
-        """num_frames of a clip, resized, as bytes (c f h w): those that begin at `place`, from 0 (the first) to 1."""
+    def window(self, index: int, place: float) -> tuple[Tensor, int]:
+        """num_frames of a clip, resized, as bytes (c f h w): those that begin at `place`, from 0 (the first) to 1; and the
+        number of the first of them."""
         begin, end = self.stretch(index)
         if self.random_window and end - begin > LONG * self.num_frames:
             begin += int(place * (end - begin - self.num_frames + 1))
-            return stand_still(self.read(index, begin, self.num_frames), self.num_frames)
+            return stand_still(self.read(index, begin, self.num_frames), self.num_frames), begin
         if index not in self.cache:
             frames = self.read(index, begin, end - begin if self.random_window else self.num_frames)
             self.remember(index, frames)
@@ -154,7 +164,7 @@ class GifDataset(Dataset):
             frames = self.cache[index]
         length = frames.shape[1]
         start = int(place * max(1, length - self.num_frames + 1)) if self.random_window else 0
-        return stand_still(frames[:, start:][:, :self.num_frames].clone(), self.num_frames or length)
+        return stand_still(frames[:, start:][:, :self.num_frames].clone(), self.num_frames or length), begin + start
 
     def stretch(self, index: int) -> tuple[int, int]:
         """From which to which frame of its file the clip may be taken."""
@@ -177,13 +187,13 @@ class GifDataset(Dataset):
             self.cache[index] = frames
             self.cached_bytes += frames.nbytes
 
-    def readable(self, index: int, place: float = 0.) -> tuple[int, Tensor]:
-        """A window of the clip `index`, or of the next one where it turns out to be damaged: (its index, its frames)."""
+    def readable(self, index: int, place: float = 0.) -> tuple[int, Tensor, int]:
+        """A window of the clip `index`, or of the next one where it turns out to be damaged: its index, its frames, the first."""
         for candidate in (i % len(self) for i in range(index, index + len(self))):
             if candidate in self.bad:
                 continue
             try:
-                return candidate, self.window(candidate, place)
+                return candidate, *self.window(candidate, place)
             except (ValueError, OSError) as error:
                 if self.strict:
                     raise

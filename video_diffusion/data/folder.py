@@ -7,6 +7,12 @@
         file_name,text
         c/d.webm,a red ball rolls
 
+What happens changes in a long clip. Its text file may say from which frame on, counted from 0, each caption is true, and a
+window of the clip (GifDataset(random_window=True)) has the one that is true where it begins:
+
+    0: a red ball rolls to a wall
+    41: a red ball rolls back
+
 A folder of 100,000 clips takes seconds to look through, so do it once:
 
     clips = ClipFolder('my_clips')
@@ -16,6 +22,7 @@ A folder of 100,000 clips takes seconds to look through, so do it once:
 
 import csv
 import os
+import re
 import warnings
 from functools import cached_property
 from pathlib import Path
@@ -39,12 +46,17 @@ def read_clip(path, channels: int = 3, **how) -> Tensor:
     return (read_video if is_video(path) else read_frames)(path, channels, **how)
 
 
-def write_clip(video: Tensor, path, fps: float) -> None:
-    """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends."""
-    if is_video(path):
-        video_tensor_to_mp4(video, path, fps)
-    else:
-        video_tensor_to_gif(video, path, duration=round(1000 / fps))
+def write_clip(video: Tensor, path, fps: float, scale: int | None = 1) -> None:
+    """A clip (c f h w), or a batch as a grid, as an mp4 or a GIF: as `path` ends. It appears whole or not at all."""
+    unfinished = Path(path).with_name(f'unfinished-{Path(path).name}')
+    try:
+        if is_video(path):
+            video_tensor_to_mp4(video, unfinished, fps, scale=scale)
+        else:
+            video_tensor_to_gif(video, unfinished, duration=round(1000 / fps), scale=scale)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def clip_shape(path) -> tuple[int, float, int, int]:
@@ -149,6 +161,14 @@ def shorten(names: list, limit: int = 10) -> str:
 # ------------------------------------------------------------------------------------- captions
 
 
+class Caption(str):
+    """What a clip shows at first; `later` has (frame, text) for what it shows from other frames on."""
+    later: list[tuple[int, str]] = []
+
+    def at(self, frame: float) -> str:
+        return [str(self), *(text for first, text in self.later if first <= frame)][-1]
+
+
 def read_captions(paths: list[Path], tables: list[str]) -> list[str] | None:
     listed = {}
     for table in tables:
@@ -179,9 +199,22 @@ def decoded(text: bytes, place) -> str:
     if len(text) > MAX_CAPTION:
         raise ValueError(f'{place} is too long for a caption: up to {MAX_CAPTION} bytes are read')
     try:
-        return ' '.join(text.decode('utf-8-sig').split())                   # newlines fold to spaces
+        return by_frame(text.decode('utf-8-sig'), place)
     except UnicodeDecodeError:
         raise ValueError(f'{place} is not UTF-8: save the caption as UTF-8 text') from None
+
+
+def by_frame(text: str, place) -> Caption:
+    """A caption, whose newlines fold to spaces; or, where every line begins with a frame, several."""
+    lines = [re.fullmatch(r'\s*(\d{1,9}):(.*\S.*)', line) for line in text.splitlines() if line.strip()]
+    if len(lines) < 2 or None in lines:
+        return Caption(' '.join(text.split()))
+    frames, texts = [int(line[1]) for line in lines], [' '.join(line[2].split()) for line in lines]
+    if frames[0] != 0 or frames != sorted(set(frames)):
+        raise ValueError(f'{place} has a caption for each of the frames {frames}: let the first be 0, and each later than the last')
+    caption = Caption(texts[0])
+    caption.later = list(zip(frames[1:], texts[1:]))
+    return caption
 
 
 def read_table(table: str) -> dict[str, str]:

@@ -31,11 +31,13 @@ from einops import rearrange
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from ..checks import whole
 from .frames import CHANNELS, Size, check_request, check_size, collect, fit, grey, naming, nearest, read_bytes
 
 GREYS = np.array([(i, i, i, 255) for i in range(256)], np.uint8).view(np.uint32)[:, 0]  # the default palette
 END, EXTENSION, IMAGE = 0x3B, 0x21, 0x2C        # the first byte of each kind of block
 GRAPHIC_CONTROL = 0xF9                          # the extension with disposal and transparency
+LEAST_SIDE = 96                                 # pixels that a person can see
 MAX_CANVAS = 2**23                              # pixels: those of a 4K film, and no GIF is so large
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')        # of pictures: others would let Pillow start other programs
 
@@ -188,7 +190,9 @@ def open_picture(data: bytes) -> Image.Image:
 # ------------------------------------------------------------------------------------- writing
 
 
-def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True) -> list[Image.Image]:
+def video_tensor_to_gif(
+    tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True, *, scale: int | None = 1,
+) -> list[Image.Image]:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, and return its frames as PIL images.
 
     Values are clamped to [0, 1].  `duration` is how long a frame shows, in milliseconds (GIF counts
@@ -196,8 +200,8 @@ def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0
     so colours do not flicker: exact when the whole clip has at most 256 colours, without dithering.
     With four channels a pixel is either opaque or (alpha below one half) transparent.
     `optimize` leaves out the pixels that a frame shares with the one before: a smaller file that
-    looks the same."""
-    pictures = list(frames_to_write(tensor))
+    looks the same.  `scale` repeats every pixel so often each way; None: until a person can see them."""
+    pictures = list(frames_to_write(tensor, scale))
     if not (0 <= duration < 655355 and 0 <= loop < 65536):
         raise ValueError(f'duration={duration}, loop={loop}: a GIF counts up to 655350 ms and 65535 loops')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +210,9 @@ def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0
     return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pictures]
 
 
-def frames_to_write(tensor: Tensor) -> Iterator[np.ndarray]:
+def frames_to_write(tensor: Tensor, scale: int | None = 1) -> Iterator[np.ndarray]:
     """The pictures (h w c) of a clip, or of the grid of a batch, as bytes; one after the other, for floats of all would be much."""
+    whole('scale', scale, 1)
     video = tensor if tensor.ndim == 5 else tensor[None]
     if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
         raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), 1, 3 or 4 channels')
@@ -216,8 +221,11 @@ def frames_to_write(tensor: Tensor) -> Iterator[np.ndarray]:
     frames = video.detach().split(1, dim=2)                                 # b c 1 h w, each
     if any(frame.isnan().any() for frame in frames):
         raise ValueError('the video has NaN in it: look for the step that made them before saving it')
-    whole = ((tile(frame) if tensor.ndim == 5 else frame[0]).float().clamp(0, 1) for frame in frames)
-    return (rearrange((frame * 255).round().byte().cpu(), 'c 1 h w -> h w c').numpy() for frame in whole)
+    # Clips of 16 pixels are stamps on a screen of today: hard pixels show what a model drew, not what a browser made of it.
+    scale = scale or math.ceil(LEAST_SIDE / max(video.shape[-2:]))
+    large = (frame.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1) for frame in frames)
+    clamped = ((tile(frame) if tensor.ndim == 5 else frame[0]).float().clamp(0, 1) for frame in large)
+    return (rearrange((frame * 255).round().byte().cpu(), 'c 1 h w -> h w c').numpy() for frame in clamped)
 
 
 def tile(videos: Tensor) -> Tensor:

@@ -162,15 +162,17 @@ def picture(convert, channels: int, size: Size | None, frame) -> Tensor:
 # ------------------------------------------------------------------------------------- writing
 
 
-def video_tensor_to_mp4(tensor: Tensor, path, fps: float = 8, crf: int = 18, lossless: bool = False) -> None:
+def video_tensor_to_mp4(
+    tensor: Tensor, path, fps: float = 8, crf: int = 18, lossless: bool = False, *, scale: int | None = 1,
+) -> None:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, as H.264; transparency is lost.
 
     `crf` is how coarse it may be: 0 is best, 18 looks like the original, 51 is worst.  H.264 keeps colours at half the
     resolution, so sides are even: an odd one is padded by one row or column, and a warning says so.  `lossless` keeps every
-    bit of every colour, for files that are to be read again rather than watched: browsers do not play them."""
+    bit of every colour, for files that are to be read again rather than watched: no browser plays them.  `scale` as in a GIF."""
     if not (0 < fps <= 1000 and 0 <= crf <= 51):
         raise ValueError(f'fps={fps}, crf={crf}: give a rate above 0 and up to 1000, and a crf from 0 to 51')
-    av, pictures = import_av(), frames_to_write(tensor)                     # which complains before there is a file
+    av, pictures = import_av(), frames_to_write(tensor, scale)                     # which complains before there is a file
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     first = next(pictures)
     odd = [0 if lossless else side % 2 for side in first.shape[:2]]

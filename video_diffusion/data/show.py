@@ -4,8 +4,7 @@
     show(samples)               # (b c f h w), a grid
     show(samples, scale=1)      # as small as they are
 
-Clips of 16 pixels are stamps on a screen of today. They are enlarged with hard pixels, so that one sees what a model drew
-and not what a browser made of it; so are the GIFs that trainers and scripts write for looking at.
+Small clips are enlarged until a person can see them; so are the GIFs that trainers and scripts write for looking at.
 """
 
 import base64
@@ -14,10 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checks import whole
 from .gif import video_tensor_to_gif
-
-LEAST_SIDE = 96
 
 
 class Shown:
@@ -39,13 +35,5 @@ def show(video: Tensor, scale: int | None = None, duration: int = 120) -> Shown:
     """A clip (c f h w), or a batch (b c f h w) as a grid, in [0, 1]; `scale` None: until a person can see it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'shown.gif'
-        video_tensor_to_gif(enlarged(video, scale), path, duration)
+        video_tensor_to_gif(video, path, duration, scale=scale)
         return Shown(path.read_bytes(), tuple(video.shape))
-
-
-def enlarged(video: Tensor, scale: int | None = None) -> Tensor:
-    """(... h w) with every pixel repeated `scale` times each way; None: until a side has 96 pixels."""
-    whole('scale', scale, 1)
-    if scale is None:
-        scale = max(1, -(-LEAST_SIDE // max(1, *video.shape[-2:])))
-    return video.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)

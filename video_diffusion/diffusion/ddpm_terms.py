@@ -25,7 +25,7 @@ def table(formula):
 
 
 class DDPMTerms:
-    """What a GaussianDiffusion has beside `forward` and `sample`. Videos are (b c f h w) in [-1, 1], t (b)."""
+    """What a GaussianDiffusion has beside `forward` and `sample`. Videos are (b c f h w) in [-1, 1], t (b) or (b f)."""
 
     betas = table(lambda here, before: 1 - here / before)
     alphas_cumprod = table(lambda here, before: here)
@@ -45,8 +45,8 @@ class DDPMTerms:
 
     @staticmethod
     def per_sample(values: Tensor) -> Tensor:
-        """(b) -> (b 1 1 1 1), to multiply videos with."""
-        return values.view(-1, 1, 1, 1, 1)
+        """(b) -> (b 1 1 1 1), or (b f) -> (b 1 f 1 1), to multiply videos with."""
+        return values.view(len(values), 1, -1, 1, 1)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_start with the noise of step t."""

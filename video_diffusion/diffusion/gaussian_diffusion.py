@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..checks import number, one_of, video_shape, whole
 from ..networks import network_config, network_from_config, same_network
-from ..networks.text import BertEncoder, text_encoder_from_config
-from . import guidance, known_frames, samplers
+from ..networks.text import named_bert, text_encoder_from_config
+from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
-from .objective import LOSSES, check_objective, min_snr_weight, target, to_x0
+from .objective import LOSSES, check_objective, check_parts, min_snr_weight, target, to_x0
 from .sampling import Request, Sampling, draw
 
 
@@ -53,24 +53,26 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         offset_noise: float = 0.,                 # how much of the training noise is one value per clip and channel
         prob_cond_frames: float = 0.,             # share of clips trained with known frames; see known_frames.py
         latents: bool = False,                    # videos are latents: centred on 0 and unbounded, not in [0, 1]
+        frame_noise: str = 'shared',              # 'independent': each frame has a noise of its own; see frame_levels.py
     ):
         for name, value in dict(num_frames=num_frames, channels=channels).items():
             whole(name, value, 1)
         for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():
             number(name, value, 0, 1)
         number('offset_noise', offset_noise, 0)
-        check_parts(denoise_fn, text_encoder, text_use_bert_cls, prob_cond_frames)
+        one_of('frame_noise', frame_noise, ('shared', 'independent'))
+        check_parts(denoise_fn, text_encoder, text_use_bert_cls, prob_cond_frames, frame_noise)
         if latents and use_dynamic_thres:
             raise ValueError('use_dynamic_thres=True clips pixels, but with latents=True there are none: leave it out')
         super().__init__()
         self.denoise_fn = denoise_fn
         self.text_encoder = text_encoder
-        self.bert = None
+        self.bert, self.bert_name = None, 'bert-base-cased'
         self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
         whole('image_size', min(self.height, self.width), 1)
         self.num_frames, self.channels, self.num_timesteps = num_frames, channels, timesteps
-        self.loss_type, self.objective, self.latents = loss_type, objective, latents
+        self.loss_type, self.objective, self.latents, self.frame_noise = loss_type, objective, latents, frame_noise
         self.schedule, self.schedule_shift, self.zero_snr, self.min_snr_gamma = schedule, schedule_shift, zero_snr, min_snr_gamma
         self.use_dynamic_thres, self.dynamic_thres_percentile = use_dynamic_thres, dynamic_thres_percentile
         self.text_use_bert_cls, self.offset_noise, self.prob_cond_frames = text_use_bert_cls, offset_noise, prob_cond_frames
@@ -91,7 +93,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         video: Tensor,                                # (b c f h w) in [0, 1]
         cond: Tensor | Sequence[str] | None = None,   # (b cond_dim), or a caption for each video
         noise: Tensor | None = None,                  # from draw_noise; None draws it here
-        t: Tensor | None = None,                      # (b), likewise
+        t: Tensor | None = None,                      # (b), or (b f) of draw_levels, likewise
         *,
         null_cond_prob: float = 0.,                   # these are for the network: see Unet3D.forward
         null_cond_mask: Tensor | None = None,
@@ -107,7 +109,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             raise ValueError('known_mask was given, but the network is never told frames: prob_cond_frames is 0')
         x0 = self.to_network(video)
         if t is None:
-            t = torch.randint(0, self.num_timesteps, (len(x0),), device=x0.device)
+            t = self.draw_levels(torch.randint(0, self.num_timesteps, (len(x0),), device=x0.device))
         told = {}
         if self.prob_cond_frames:
             if known_mask is None:
@@ -121,14 +123,15 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         self, x_start: Tensor, t: Tensor, cond: Tensor | Sequence[str] | None = None, noise: Tensor | None = None,
         *, reduction: str = 'mean', **network,
     ) -> Tensor:
-        """The loss of x_start (b c f h w) in [-1, 1] at steps t (b); `network` are further arguments of the network."""
+        """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
         one_of('reduction', reduction, ('mean', 'none'))
         noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
         output = self.denoise_fn(self.q_sample(x_start, t, noise), t, cond=self.embed(cond), **network)
         wanted = target(self.objective, x_start, noise, *self.alpha_sigma(t))
-        loss = LOSSES[self.loss_type](output, wanted, reduction='none').mean(dim=(1, 2, 3, 4))  # (b)
+        loss = LOSSES[self.loss_type](output, wanted, reduction='none').mean(dim=(1, 3, 4))     # (b f)
         if self.min_snr_gamma is not None:
-            loss = loss * self.loss_weight[t]
+            loss = loss * self.loss_weight[t].view(len(t), -1)
+        loss = loss.mean(dim=1)                                                                 # (b)
         return loss.mean() if reduction == 'mean' else loss
 
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -137,6 +140,11 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         if self.prob_cond_frames:
             draws['known_mask'] = self.draw_known(count, device, generator)
         return draws
+
+    def draw_levels(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The steps of clips (b) as forward takes them: (b f) where each frame has a noise of its own."""
+        shared = self.frame_noise == 'shared'
+        return t if shared else frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator)
 
     def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Noise (b c f h w) to train with. Plain noise hardly changes the mean of a clip, so the network learns to believe it,
@@ -149,7 +157,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     def draw_known(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Which frames the network is told in training (b f). Latents of an end cannot be had without those before it."""
         end_too = 0. if self.latents else 0.5
-        return known_frames.draw_mask(count, self.num_frames, self.prob_cond_frames, device, generator, end_too)
+        return frame_levels.draw_mask(count, self.num_frames, self.prob_cond_frames, device, generator, end_too)
 
     # Sampling
 
@@ -162,7 +170,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         batch_size: int = 16,                         # only where cond does not say
         *,
         seed: int | None = None,
-        progress: bool = True,
+        progress: samplers.Progress = True,
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
         negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
         return_all: bool = False,
@@ -176,7 +184,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         known_frames.check_given(first_frames, known, known_mask)
         if first_frames is not None:
             known, known_mask = known_frames.beginning(first_frames, self.num_frames)
-        settings.check(self.num_timesteps, has_cond=cond is not None, negative=negative is not None, has_known=known is not None)
+        settings.check(self.num_timesteps, has_cond=cond is not None, negative=negative is not None, has_known=known is not None,
+                       frame_noise=self.frame_noise)
         cond = self.embed(cond)
         generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
         noise = self.first_noise(noise, batch_size if cond is None else len(cond), generator)
@@ -209,7 +218,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         **settings,                                   # as in sample
     ) -> Tensor:
         """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
-        return known_frames.window_by_window(
+        return long_videos.window_by_window(
             self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
             later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
 
@@ -250,8 +259,10 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> samplers.Denoiser:
         """The function samplers ask: noisy video at step t -> clean video. `scale_at`: the scale of the guidance there."""
         def denoise(x, t):
-            times = torch.full((len(x),), t, device=x.device)
-            return self.predict_x0(x, times, cond, scale_at(t), negative=negative, rescale=rescale, known=known)
+            row = isinstance(t, Tensor)                              # (f) or (b f) of a matrix of levels, where -1 is clean
+            times = t.clamp(min=0).expand(len(x), -1).to(x.device) if row else torch.full((len(x),), t, device=x.device)
+            scale = scale_at(t.max().item() if row else t)
+            return self.predict_x0(x, times, cond, scale, negative=negative, rescale=rescale, known=known)
         return denoise
 
     def predict_x0(
@@ -269,7 +280,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     def config(self) -> dict:
         """Everything needed to build this object again, in types that a checkpoint may hold."""
         own = ('image_size', 'num_frames', 'text_use_bert_cls', 'channels', 'num_timesteps', 'loss_type',
-               'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective',
+               'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective', 'frame_noise',
                'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames', 'latents')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
@@ -284,8 +295,10 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
                              'them to it with load_lora')
         own = dict(config['diffusion'])
         encoder = config['text_encoder']
-        return cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
-                   text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
+        model = cls(network_from_config(config), timesteps=own.pop('num_timesteps'), **own,
+                    text_encoder=text_encoder_from_config(encoder, text_encoder) if encoder else None)
+        model.bert_name = text_encoder                # a file does not choose what is fetched
+        return model
 
     @classmethod
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
@@ -318,7 +331,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
         if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
-            self.bert = BertEncoder(pool='cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+            self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
         return self.encode(self.bert, cond)
 
     def encode(self, encoder: nn.Module, texts: list[str]) -> Tensor:
@@ -335,11 +348,3 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
 
     def check(self, video: Tensor) -> None:
         video_shape(video, self.channels, self.num_frames, self.height, self.width)
-
-
-def check_parts(network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float) -> None:
-    if use_bert_cls and (text_encoder is not None or not getattr(network, 'use_bert_text_cond', False)):
-        raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
-    if prob_cond_frames and not getattr(network, 'cond_frames', False):
-        raise ValueError(f'prob_cond_frames={prob_cond_frames} needs a network that sees known frames: '
-                         'Unet3D(..., cond_frames=True)')

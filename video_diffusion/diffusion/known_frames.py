@@ -1,37 +1,56 @@
-"""Known frames: predict a video from its beginning, fill its middle, make it longer.
+"""Known frames: predict a video from its beginning, fill its middle.
 
 Some frames of a clip are given, and the sampler is to invent the others so that they fit. A mask says which are known;
 video prediction knows a beginning, in-betweening knows both ends, and it is one call for all:
 
     known   x x . . . . . .     diffusion.sample(first_frames=video[:, :, :2])
     known   x . . . . . . x     diffusion.sample(known=video, known_mask=mask)
-    known   x x . . . . . .                                                        diffusion.sample_long(14, cond)
-                        x x . . . . . .   window after window, each begins with the last frames of the one before
 
-Whatever the network answers, the known frames are known: `replaced` puts them into its answer, and the sampler then
-carries them along under just the noise of each step. All three ways do that; they differ in what the *other* frames
-learn from it:
+Whatever the network answers, the known frames come out as they went in. The ways differ in what the *others* learn from them:
 
-- 'replace': nothing else. The network sees the known frames as noisy as the rest and cannot know that they are certain,
-  so early on, under much noise, the others go their own way.
-- 'guide': how wrong is the network about the known frames? The gradient of that error with respect to the noisy video
-  says how the unknown frames must change for it to be less wrong, and its answer is moved that way (reconstruction
-  guidance, Ho et al. 2022, arXiv 2204.03458, section 3.1). Each step costs a backward pass.
+- 'level': in a model whose frames have noise of their own (frame_levels.py), known frames are without noise, and the network
+  is told so. There is nothing else to it. `known_noise` gives them a little, where they are not to be trusted to the last
+  pixel, and `history_scale` leads away from what the network would draw, did it not see them (history guidance, Song et al.
+  2025, arXiv 2502.06764): above 1 the video keeps more closely to what it is told.
 - 'network': `Unet3D(cond_frames=True)` sees the known frames, clean, and their mask as more input channels. It has
   been trained so (`GaussianDiffusion(prob_cond_frames=0.5)`), now and then with none, to draw from nothing too.
+- 'guide', for any model: how wrong is the network about the known frames? The gradient of that error with respect to the
+  noisy video says how the others must change for it to be less wrong, and its answer is moved that way (reconstruction
+  guidance, Ho et al. 2022, arXiv 2204.03458, section 3.1). Each step costs a backward pass.
+- 'replace', for any model: they learn nothing. The network sees the known frames as noisy as the rest and cannot know that
+  they are certain, so early on, under much noise, the others go their own way.
 
-The first two work with any trained model. Videos here are (b c f h w) in [-1, 1], masks (b f) bool.
+Videos here are (b c f h w) in [-1, 1], masks (b f) bool.
 """
-
-from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import number
+from .frame_levels import CLEAN
 from .samplers import Denoiser
 
-WAYS = ('network', 'guide', 'replace')
+WAYS = ('level', 'network', 'guide', 'replace')
+
+
+def best_way(diffusion) -> str:
+    """What a GaussianDiffusion was trained for."""
+    return 'level' if diffusion.frame_noise == 'independent' else 'network' if diffusion.prob_cond_frames else 'guide'
+
+
+def at_level(levels: Tensor, noise: Tensor, known: Tensor, mask: Tensor, level: int, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix of levels (rows f), in which known frames stay at theirs: (rows b f); and the noise, with them in it."""
+    if level != CLEAN:
+        known = alpha_bar[level].sqrt().item() * known + (1 - alpha_bar[level]).sqrt().item() * noise
+    levels = torch.where(mask.cpu(), level, levels[:, None])
+    return levels, torch.where(mask[:, None, :, None, None], known, noise)
+
+
+def led_by_known(denoise: Denoiser, noise: Tensor, mask: Tensor, scale: float, last: int, limit: float = 1.) -> Denoiser:
+    """The denoiser, led away from what it answers where the known frames are hidden: pure noise, at the last step."""
+    def denoise_by_known(x: Tensor, t: Tensor) -> Tensor:
+        unseen = denoise(torch.where(mask[:, None, :, None, None], noise, x), torch.where(mask.cpu(), last, t))
+        return torch.lerp(unseen, denoise(x, t), scale).clamp(-limit, limit)
+    return denoise_by_known
 
 
 def replaced(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
@@ -82,45 +101,9 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
     return known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
 
 
-def draw_mask(
-    count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None, end_too: float = 0.5,
-) -> Tensor:
-    """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well."""
-    where = dict(device=device, generator=generator)
-    frame = torch.arange(frames, device=device)
-    length = torch.randint(1, max(2, frames), (count, 1), **where)           # all but one at the most
-    any_known, end = (torch.rand((count, 1), **where) < share for share in (prob, end_too))
-    end = end & (length < frames - 1)                                        # something is left to invent
-    return any_known & ((frame < length) | (end & (frame == frames - 1)))
-
-
 def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None) -> None:
     """Known frames come in one of two ways, whole."""
     if first_frames is not None and (known is not None or mask is not None):
         raise ValueError('first_frames says all about the known frames: leave known and known_mask out, or give only them')
     if (known is None) != (mask is None):
         raise ValueError('known and known_mask belong together: give the videos and which of their frames are known')
-
-
-def window_by_window(
-    diffusion, num_frames: int, cond: Tensor | Sequence[str] | None, batch_size: int, settings, negative, *,
-    overlap: int | None, later_cond_scale: float | None, first_frames: Tensor | None, seed: int | None, progress: bool,
-) -> Tensor:
-    """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long."""
-    window = diffusion.num_frames
-    overlap = max(1, window // 2) if overlap is None else overlap
-    if not 1 <= overlap < window <= num_frames:
-        raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
-                         f'{window} frames or more and an overlap of 1 to {window - 1}')
-    number('later_cond_scale', later_cond_scale)
-    later = settings.later(later_cond_scale)
-    later_negative = negative if later.cond_scale not in (0, 1) else None
-    later.check(diffusion.num_timesteps, has_cond=cond is not None, negative=later_negative is not None, has_known=True)
-    video = diffusion.sample(cond, batch_size=batch_size, first_frames=first_frames, seed=seed, negative=negative,
-                             progress=progress, **settings.changed()).cpu()
-    while video.shape[2] < num_frames:
-        seed = None if seed is None else seed + 1_000_003  # far from the seeds of other batches
-        following = diffusion.sample(cond, batch_size=len(video), first_frames=video[:, :, -overlap:], seed=seed,
-                                     negative=later_negative, progress=progress, **later.changed()).cpu()
-        video = torch.cat((video, following[:, :, overlap:]), dim=2)
-    return video[:, :, :num_frames]

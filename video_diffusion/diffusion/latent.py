@@ -43,7 +43,7 @@ from ..checks import number, video_shape, whole
 from ..vae.frame_shares import has_special_first_frame, latent_shape
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
-from . import known_frames
+from . import known_frames, long_videos
 from .gaussian_diffusion import GaussianDiffusion
 from .latent_cache import Encoded, fingerprint
 from .sampling import Sampling
@@ -90,6 +90,7 @@ class LatentDiffusion(nn.Module):
         self.max_batch, self.chunk, self.low_res, self.image_scale = max_batch, chunk, low_res, image_scale
         self.register_buffer('scale', torch.tensor(float('nan') if scale is None else float(scale)))
         self.has_scale = scale is not None        # looked up in the buffer but once: on a GPU that waits
+        self.tile: int | None = None              # decode in tiles of so many pixels: see tiling.py
 
     # What is asked of a diffusion model is mostly the business of the one inside
 
@@ -97,10 +98,10 @@ class LatentDiffusion(nn.Module):
     text_encoder = property(lambda self: self.diffusion.text_encoder)
     num_timesteps = property(lambda self: self.diffusion.num_timesteps)
     prob_cond_frames = property(lambda self: self.diffusion.prob_cond_frames)
+    frame_noise = property(lambda self: self.diffusion.frame_noise)
     alpha = property(lambda self: self.diffusion.alpha)
-
-    def embed(self, cond: Tensor | Sequence[str] | None) -> Tensor | None:
-        return self.diffusion.embed(cond)
+    draw_levels = property(lambda self: self.diffusion.draw_levels)
+    embed = property(lambda self: self.diffusion.embed)
 
     def train(self, mode: bool = True) -> 'LatentDiffusion':
         super().train(mode)
@@ -122,8 +123,7 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         posterior, hint = video if isinstance(video, Encoded) else self.encode(video, image_noise)
         self.check_scale()
-        if posterior_noise is None:
-            posterior_noise = torch.randn_like(posterior.mean)
+        posterior_noise = torch.randn_like(posterior.mean) if posterior_noise is None else posterior_noise
         z = self.filled_up((posterior.mean + posterior.std * posterior_noise) * self.scale)    # b c f h w, of latents
         if hint is not None:
             hint = self.filled_up(hint) if self.low_res else hint
@@ -187,8 +187,7 @@ class LatentDiffusion(nn.Module):
             return Encoded(self.posterior(video), self.posterior(self.enlarge(self.shrink(video))).mean)
         if not self.prob_cond_frames:
             return Encoded(self.posterior(video), None)
-        if image_noise is None:
-            image_noise = self.draw_image_noise(len(video), video.device)
+        image_noise = self.draw_image_noise(len(video), video.device) if image_noise is None else image_noise
         return Encoded(self.posterior(video), self.posterior(video[:, :, :1] + image_noise).mean)
 
     def shrink(self, video: Tensor) -> Tensor:
@@ -207,7 +206,8 @@ class LatentDiffusion(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (b c f h w) -> videos in [0, 1]."""
         z = z[:, :, self.doubled:] / self.scale
-        return torch.cat([self.vae.decode(part, self.num_frames, chunk=self.chunk) for part in z.split(self.max_batch)]).clamp(0, 1)
+        how = dict(chunk=self.chunk, tile=self.tile)
+        return torch.cat([self.vae.decode(part, self.num_frames, **how) for part in z.split(self.max_batch)]).clamp(0, 1)
 
     # Sampling
 
@@ -232,7 +232,7 @@ class LatentDiffusion(nn.Module):
                                  'first_frames beside it')
             first_frames = image.unsqueeze(2)
         if first_frames is not None:
-            known_by = known_by or ('network' if self.prob_cond_frames else 'guide')
+            known_by = known_by or known_frames.best_way(self.diffusion)
             settings['known'], settings['known_mask'] = self.beginning(first_frames, by_network=known_by == 'network')
         if self.low_res or low_res is not None:
             self.check_low_res(low_res, alone=first_frames is None)
@@ -251,7 +251,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
         if overlap is None:
             overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
-        return known_frames.window_by_window(
+        return long_videos.window_by_window(
             self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
             later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
 

@@ -5,7 +5,8 @@
 Mean and log-variance are kept, not a sample, so that every epoch draws its own latents. The fingerprint is that
 of the VAE's weights and of all that shapes the latents; a clip's name comes from its path, size and date. Whatever
 changes, the old files are just not found any more. Files appear whole or not at all: a run that was
-stopped while encoding goes on with the clips that are missing, and several processes share them out.
+stopped while encoding goes on with the clips that are missing, and several processes share them out. What a disk has lost the
+end of is missing, too.
 
     >>> trainer = Trainer(latent_diffusion, 'my_gifs', latent_cache='results_vae/latents')
 """
@@ -14,6 +15,7 @@ import hashlib
 from copy import copy
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +52,9 @@ class LatentCache(Dataset):
         self.files = [self.folder / file_name(path, part) for path, part in zip(dataset.paths, dataset.parts)]
         self.encode_missing(dataset, diffusion, processes)
 
-        whole = [i for i, file in enumerate(self.files) if file.exists()]        # those that could be read
-        self.files = [self.files[i] for i in whole]
-        self.captions = dataset.captions and [dataset.captions[i] for i in whole]
+        whole = [i for i, file in enumerate(self.files) if is_zipfile(file)]        # those that could be read
+        self.files, self.paths, self.source = [self.files[i] for i in whole], [dataset.paths[i] for i in whole], dataset.source
+        self.captions = dataset.captions and [dataset.caption(i, dataset.stretch(i)[0]) for i in whole]
         if not self.files:
             raise ValueError(f'none of the {len(dataset)} clips could be read and encoded')
         self.memory, self.fits_in_cache = {}, False
@@ -64,7 +66,10 @@ class LatentCache(Dataset):
     def clip(self, index: int) -> Tensor:
         if index in self.memory:
             return self.memory[index]
-        clip = checkpoint.load(self.files[index])
+        try:
+            clip = checkpoint.load(self.files[index])
+        except ValueError as error:
+            raise ValueError(f'{error}. Delete this file, and it is made again') from None
         if self.fits_in_cache:
             self.memory[index] = clip
         return clip
@@ -80,13 +85,13 @@ class LatentCache(Dataset):
         self.folder.mkdir(parents=True, exist_ok=True)
         dataset = copy(dataset)
         dataset.cache_bytes = 0                              # no clip is needed again, so none is to stay in memory
-        missing = [i for i in range(processes.rank, len(dataset), processes.world_size) if not self.files[i].exists()]
+        missing = [i for i in range(processes.rank, len(dataset), processes.world_size) if not is_zipfile(self.files[i])]
         bar = tqdm(total=len(missing), desc='encoding clips', unit='clip', disable=not processes.is_main or not missing)
         for at in range(0, len(missing), diffusion.max_batch):
             batch = missing[at:at + diffusion.max_batch]
             bar.update(len(batch))
             read = {i: dataset.readable(i) for i in batch}
-            clips = {i: clip for i, (stand_in, clip) in read.items() if stand_in == i}     # where i is damaged, another comes
+            clips = {i: clip for i, (stand_in, clip, _) in read.items() if stand_in == i}     # where i is damaged, another comes
             if not clips:
                 continue
             videos = dataset.floats(torch.stack(list(clips.values()))).to(processes.device)
@@ -101,7 +106,7 @@ class LatentCache(Dataset):
             for i, latents in zip(clips, torch.cat(parts, dim=1).cpu()):
                 checkpoint.save(latents.clone(), self.files[i])          # a copy, for a part would be saved with the whole
         bar.close()
-        processes.any(False)                                 # the others may have clips that we need
+        processes.wait()                                     # the others may have clips that we need
 
 
 def fingerprint(vae: nn.Module, *more) -> str:

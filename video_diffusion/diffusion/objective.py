@@ -10,7 +10,7 @@ Each of them implies the others: `to_x0` and `to_noise` turn any answer into wha
 """
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import one_of
 
@@ -34,6 +34,20 @@ def check_objective(
     if min_snr_gamma is not None and (loss_type != 'l2' or not min_snr_gamma > 0):
         raise ValueError(f"min_snr_gamma={min_snr_gamma} with loss_type={loss_type!r}: give a positive number (5 is usual) "
                          "and loss_type='l2', for it weighs squared errors")
+
+
+def check_parts(
+    network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float, frame_noise: str,
+) -> None:
+    """Refuse a network that cannot be told what this diffusion would tell it."""
+    if use_bert_cls and (text_encoder is not None or not getattr(network, 'use_bert_text_cond', False)):
+        raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
+    if prob_cond_frames and not getattr(network, 'cond_frames', False):
+        raise ValueError(f'prob_cond_frames={prob_cond_frames} needs a network that sees known frames: '
+                         'Unet3D(..., cond_frames=True)')
+    if prob_cond_frames and frame_noise == 'independent':
+        raise ValueError(f"prob_cond_frames={prob_cond_frames} with frame_noise='independent' tells the network what it knows "
+                         'twice: leave out one')
 
 
 def target(objective: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ sampler goes down a list of steps and decides how to get from one to the next; t
     alpha_bar                    the schedule, float64 (T), on the CPU
     steps                        the t to visit, falling; the last one leads to the clean video
 
+Or `steps` is a matrix of frame_levels.py, and t a row of it: every frame goes its own way, and stays where its level does.
+
 There are two ways to take a step, and two ideas of where to go:
 
                                  towards x0 as it looks now          towards x0 as it will look halfway
@@ -19,7 +21,7 @@ Every coefficient is a Python float from the float64 schedule: exact, the same o
 step waits for the device. They hold at both ends: from alpha = 0 (see `zero_snr`) and to the clean video.
 """
 
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,7 +30,9 @@ from tqdm.auto import tqdm
 from .noise_schedule import posterior
 from .objective import to_noise
 
-Denoiser = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, int | Tensor], Tensor]
+Steps = list[int] | Tensor
+Progress = bool | Callable[[Steps], Iterable[int | Tensor]]    # a bar or none; or what hands out the steps, or raises
 
 SPACINGS = ('trailing', 'leading', 'linspace')
 
@@ -59,17 +63,26 @@ def recorded(denoise: Denoiser, way: list[Tensor]) -> Denoiser:
     return denoise_and_record
 
 
-def levels(alpha_bar: Tensor, steps: list[int], progress: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each step: t, its alpha bar, and the alpha bar of the step that comes next (1, the clean video, at the end)."""
-    clean = torch.ones((), dtype=alpha_bar.dtype)
-    following = [alpha_bar[t] for t in steps[1:]] + [clean]
-    for t, after in zip(tqdm(steps, desc='sampling', disable=not progress, leave=False), following):
-        yield t, alpha_bar[t], after
+def levels(alpha_bar: Tensor, steps: Steps, progress: Progress) -> Iterator[tuple[int | Tensor, Tensor, Tensor]]:
+    """For each step: t, its alpha bar, and the alpha bar of the step that comes next (1, the clean video, at the end).
+    From a matrix (rows b f) or (rows f) they come shaped (b 1 f 1 1), to multiply videos with."""
+    alpha_bar = torch.cat((alpha_bar, alpha_bar.new_ones(1)))            # the last, -1, is that of the clean video
+    if isinstance(steps, list):
+        way = [alpha_bar[t] for t in [*steps, -1]]
+    else:                                                                # its last row is where the way ends
+        way, steps = alpha_bar[steps].view(len(steps), -1, 1, steps.shape[-1], 1, 1), steps[:-1]
+    watched = progress(steps) if callable(progress) else bar(steps, progress)
+    for t, here, after in zip(watched, way[:-1], way[1:]):
+        yield t, here, after
+
+
+def bar(steps: Steps, shown: bool = True) -> tqdm:
+    return tqdm(steps, desc='sampling', disable=not shown, leave=False)
 
 
 def ddpm(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the one to trust, given all steps."""
     for t, here, after in levels(alpha_bar, steps, progress):
@@ -79,7 +92,7 @@ def ddpm(
 
 def ddim(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, eta: float = 0., generator: torch.Generator | None = None, progress: bool = False,
+    *, eta: float = 0., generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """Keep the noise that x implies and only lower its share (Song et al. 2020, arXiv 2010.02502, eq. 12).
 
@@ -93,7 +106,7 @@ def ddim(
 
 def dpmpp_2m(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): DDIM that looks half a step ahead.
 
@@ -110,7 +123,7 @@ def dpmpp_2m(
 
 def dpmpp_2m_sde(
     denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: bool = False,
+    *, generator: torch.Generator | None = None, progress: Progress = False,
 ) -> Tensor:
     """The same for ancestral sampling (SDE-DPM-Solver++ 2M, as in CogVideoX): fresh noise repairs earlier mistakes."""
     before = None
@@ -142,20 +155,23 @@ def ddim_invert(
 
 def fresh_step(x: Tensor, x0: Tensor, here: Tensor, after: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw from q(x_after | x, x0)."""
-    a, b, variance = (c.item() for c in posterior(here, after))
-    x = a * x0 + b * x
-    return x + variance ** 0.5 * randn_like(x, generator) if variance > 0 else x
+    a, b, variance = posterior(here, after)
+    moved = number(a, x) * x0 + number(b, x) * x
+    if (variance > 0).any():
+        moved = moved + number(variance.sqrt(), x) * randn_like(x, generator)
+    return moved_only(moved, x, here, after)
 
 
 def kept_step(
     x: Tensor, x0: Tensor, here: Tensor, after: Tensor, eta: float = 0., generator: torch.Generator | None = None,
 ) -> Tensor:
     """Mix x0 anew with the noise that was in x; `eta` of that noise is fresh."""
-    noise = to_noise(x0, x, here.sqrt().item(), (1 - here).sqrt().item())
-    fresh = eta ** 2 * posterior(here, after)[2].item() if eta else 0.  # variance of the fresh noise
-    after = after.item()
-    x = after ** 0.5 * x0 + max(1 - after - fresh, 0) ** 0.5 * noise
-    return x + fresh ** 0.5 * randn_like(x, generator) if fresh > 0 else x
+    noise = to_noise(x0, x, number(here.sqrt(), x), number((1 - here).sqrt(), x))
+    fresh = eta ** 2 * posterior(here, after)[2] if eta else torch.zeros_like(after)     # variance of the fresh noise
+    moved = number(after.sqrt(), x) * x0 + number((1 - after - fresh).clamp(min=0).sqrt(), x) * noise
+    if (fresh > 0).any():
+        moved = moved + number(fresh.sqrt(), x) * randn_like(x, generator)
+    return moved_only(moved, x, here, after)
 
 
 def halfway(x0: Tensor, before: tuple[Tensor, Tensor] | None, here: Tensor, after: Tensor) -> Tensor:
@@ -164,11 +180,22 @@ def halfway(x0: Tensor, before: tuple[Tensor, Tensor] | None, here: Tensor, afte
     Time is half the log of the signal-to-noise ratio, in which a denoiser's answer changes smoothly. It has no beginning
     (alpha = 0) and no end (the clean video): a line from or to infinity is flat.
     """
-    if before is None or after == 1:
+    if before is None:
         return x0
     x0_before, level = before
     ratio = (after.logit() - here.logit()) / (here.logit() - level.logit())
-    return x0 + ratio.item() / 2 * (x0 - x0_before)
+    ratio = torch.where((after < 1) & (here != level), ratio, 0)         # a frame that has only begun to move has no line yet
+    return x0 + number(ratio / 2, x0) * (x0 - x0_before)
+
+
+def moved_only(moved: Tensor, x: Tensor, here: Tensor, after: Tensor) -> Tensor:
+    """Frames whose level stays the same stay as they are, clean ones too, from which no noise can be told."""
+    return moved if here.ndim == 0 else torch.where((here == after).to(x.device), x, moved)
+
+
+def number(c: Tensor, x: Tensor) -> float | Tensor:
+    """A coefficient of all frames is a float, those of each frame (b 1 f 1 1) are like x."""
+    return c.item() if c.ndim == 0 else c.to(x)
 
 
 def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

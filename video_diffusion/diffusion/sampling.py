@@ -15,10 +15,11 @@ import math
 from dataclasses import dataclass, field, fields
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from ..checks import number, one_of
-from . import guidance, known_frames, samplers
+from ..checks import number, one_of, whole
+from . import frame_levels, guidance, known_frames, samplers
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Sampling:
     guidance_rescale: float = 0.                  # these two are for large scales: see guidance.py
     dynamic_guidance: float | None = None         # exponent of a scale that grows during sampling
     wave_guidance: bool = False                   # a scale that jumps about instead, as CogVideoX's does
-    known_by: str | None = None                   # 'network', 'guide' or 'replace', see known_frames.py; None: the best
+    known_by: str | None = None                   # 'level', 'network', 'guide' or 'replace', see known_frames.py; None: the best
     frame_guidance: float | None = None           # weight of 'guide'; None: 5
+    known_noise: float = 0.                       # of 'level': under which share of the noise steps known frames are shown,
+    history_scale: float = 1.                     # and how closely the others keep to them; 1 is as trained
+    frame_lag: int = 0                            # steps from one frame to the next, 0: all together; see frame_levels.py
 
-    def check(self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False) -> None:
+    def check(
+        self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False, frame_noise: str = 'shared',
+    ) -> None:
         """Refuse what makes no sense for a model of so many steps that is given cond, a negative, known frames, or not."""
         samplers.spaced_steps(timesteps, self.steps, self.spacing)
         one_of('sampler', self.sampler, samplers.SAMPLERS)
@@ -56,9 +62,25 @@ class Sampling:
             one_of('known_by', self.known_by, known_frames.WAYS)
         if self.frame_guidance is not None and self.known_by not in (None, 'guide'):
             raise ValueError(f"frame_guidance={self.frame_guidance} is the weight of known_by='guide', not of {self.known_by!r}")
+        self.check_levels(has_known, frame_noise)
         if not has_known and (self.known_by is not None or self.frame_guidance is not None):
             raise ValueError('known_by and frame_guidance say how the other frames are made to fit known ones: give first_frames, '
                              'or known and known_mask')
+
+    def check_levels(self, has_known: bool, frame_noise: str) -> None:
+        number('known_noise', self.known_noise, 0, frame_levels.LOW)
+        number('history_scale', self.history_scale, 0)
+        whole('frame_lag', self.frame_lag, 0)
+        if frame_noise == 'shared' and (self.frame_lag or self.known_by == 'level'):
+            raise ValueError("frame_lag and known_by='level' need a model whose frames have noise of their own: "
+                             "GaussianDiffusion(frame_noise='independent')")
+        if self.frame_lag and self.known_by not in (None, 'level'):
+            raise ValueError(f"frame_lag={self.frame_lag} with known_by={self.known_by!r}: frames of different noise are known "
+                             "by their level; leave known_by out")
+        by_level = has_known and frame_noise == 'independent' and self.known_by in (None, 'level')
+        if not by_level and (self.known_noise or self.history_scale != 1):
+            raise ValueError("known_noise and history_scale say how frames are known by their level: give known frames to a model "
+                             "with frame_noise='independent', and leave known_by out")
 
     def later(self, cond_scale: float | None) -> 'Sampling':
         """For the windows of a long video after the first. Scales 0 and 1 are without guidance, and without its refinements."""
@@ -90,24 +112,31 @@ class Request:
     way: list[Tensor] | None = field(default=None)    # collects what the sampler goes through, if somebody asks
 
 
-def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: bool) -> Tensor:
+def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: samplers.Progress) -> Tensor:
     """Noise (b c f h w) -> a clean video in [-1, 1], by a GaussianDiffusion."""
     known, mask = request.known, request.known_mask
     known_by = None
     if known is not None:
-        known_by = settings.known_by or ('network' if diffusion.prob_cond_frames else 'guide')
+        known_by = settings.known_by or known_frames.best_way(diffusion)
     steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
     denoise = diffusion.denoiser(
         request.cond, partial(settings.scale_at, timesteps=diffusion.num_timesteps, steps=len(steps)), negative=request.negative,
         rescale=settings.guidance_rescale, known=(known, mask) if known_by == 'network' else None)
+    limit = math.inf if diffusion.latents else 1.
     if known_by == 'guide':
         weight = 5. if settings.frame_guidance is None else settings.frame_guidance
-        limit = math.inf if diffusion.latents else 1.
         denoise = known_frames.guided(denoise, known, mask, diffusion.alpha, weight, limit)
-    if known is not None and not (diffusion.latents and known_by == 'network'):   # what it is told of latents is only about right
+    if settings.frame_lag or known_by == 'level':
+        steps = frame_levels.levels(steps, noise.shape[2], settings.frame_lag)
+    if known_by == 'level':
+        if settings.history_scale != 1:
+            denoise = known_frames.led_by_known(denoise, noise, mask, settings.history_scale, diffusion.num_timesteps - 1, limit)
+        level = round(settings.known_noise * diffusion.num_timesteps) - 1
+        steps, noise = known_frames.at_level(steps, noise, known, mask, level, diffusion.alpha_bar)
+    elif known is not None and not (diffusion.latents and known_by == 'network'):   # of latents it is told only about right
         denoise = known_frames.replaced(denoise, known, mask)
     if request.way is not None:
         denoise = samplers.recorded(denoise, request.way)
     sampler = partial(samplers.ddim, eta=settings.eta) if settings.eta else samplers.SAMPLERS[settings.sampler]
-    return sampler(denoise, noise, diffusion.alpha_bar, steps, generator=generator, progress=progress)
-
+    x = sampler(denoise, noise, diffusion.alpha_bar, steps, generator=generator, progress=progress)
+    return torch.where(mask[:, None, :, None, None], known, x) if known_by == 'level' else x

@@ -33,8 +33,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attend, on_cpu
+from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
+from .recompute import on_cpu
 from .unet3d import Unet3D, bernoulli
 
 # Autograd keeps what happens inside a function until its backward pass. With this (arXiv 1604.06174) it keeps the input only
@@ -195,8 +196,12 @@ class DiT(nn.Module):
         self.begin()
 
         if checkpoint_activations:
-            for block in self.blocks:                                                # whose input is a twentieth of what it keeps
-                block.forward = partial(again_if_needed, block.forward)
+            self.recompute_blocks()
+
+    def recompute_blocks(self) -> None:
+        """In the backward pass, again, from their input: that is a twentieth of what they would keep."""
+        for block in self.blocks:
+            block.forward = partial(again_if_needed, block.forward)
 
     def begin(self) -> None:
         """adaLN-zero: all gates are shut and the answer is 0, so that every block starts as if it were not there."""
@@ -225,7 +230,7 @@ class DiT(nn.Module):
         if focus_present_mask is not None or prob_focus_present:
             raise ValueError('focus on the present (and training on images) was asked for: a DiT has no attention within single '
                              'frames, so leave it out or take a Unet3D')
-        self.check(x, cond, known)
+        self.check(x, time, cond, known)
         grid, given, dtype = self.grid(x.shape[2:]), x.dtype, self.to_patches.weight.dtype
         if self.cond_frames:
             x = torch.cat((x, known_only(x, known, known_mask)), dim=1)              # b 2c f h w
@@ -278,7 +283,7 @@ class DiT(nn.Module):
         """How many tokens clips of size (f, h, w) have in each direction."""
         return tuple(length // step for length, step in zip(size, self.patch))
 
-    def check(self, x: Tensor, cond: Tensor | None, known: Tensor | None) -> None:
+    def check(self, x: Tensor, time: Tensor, cond: Tensor | None, known: Tensor | None) -> None:
         """Say what is wrong with an input before a layer deep inside says something else."""
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f'the video has shape {tuple(x.shape)}: expected '
@@ -289,6 +294,9 @@ class DiT(nn.Module):
         if self.table is not None and (size[0] > self.size[0] or size[1:] != tuple(self.size[1:])):
             raise ValueError(f'frames, height and width are {size}: this model has a learned table of positions, so give up to '
                              f'{self.size[0]} frames of {self.size[1]}x{self.size[2]}')
+        if time.shape != x.shape[:1]:
+            raise ValueError(f'time has shape {tuple(time.shape)}: expected ({len(x)},), for a DiT is told one step per video; '
+                             "frame_noise='independent' needs a Unet3D")
         if known is not None and not self.cond_frames:
             raise ValueError('known frames were given, but this model was built without cond_frames=True')
         if not self.has_cond and cond is not None:

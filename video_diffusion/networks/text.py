@@ -21,14 +21,18 @@ So the rest of the library need not know which of the three it holds:
 Shape comments: b prompts, n words of the longest prompt.
 """
 
+import hashlib
 import re
 import zlib
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from .. import checkpoint
 from ..checks import whole
+from ..distributed import Processes
 
 
 def check_texts(texts: list[str]) -> None:
@@ -127,8 +131,13 @@ class BertEncoder(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """.to(), .cuda() and .double() come through here, called on this module or on one around it."""
-        self.transformer._apply(fn, recurse)
+        if 'transformer' in vars(self):
+            self.transformer._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    def unload(self) -> None:
+        """Let go of the transformer, once all captions are embedded: it has more weights than many a network beside it."""
+        object.__delattr__(self, 'transformer')
 
     def forward(self, texts: list[str]) -> torch.Tensor:
         vectors, keep = self.states(texts)
@@ -180,14 +189,15 @@ class T5Encoder(BertEncoder):
 
 
 class CaptionCache:
-    """What a frozen encoder says about each caption, asked for once and kept on the CPU.
+    """What a frozen encoder says about each caption, asked for once and kept on the CPU, or in a folder.
 
     Each caption is embedded alone: beside others it would get their padding, and numbers that differ in the last digit
-    from run to run, depending on who stood beside it first. Beyond `limit` numbers nothing more is kept (4 bytes each).
+    from run to run, depending on who stood beside it first. Beyond `limit` numbers nothing more is kept (4 bytes each);
+    a folder keeps all of them, in bf16 where that is what the encoder has computed, and the next run finds them there.
     """
 
-    def __init__(self, embed, limit: int = 2 ** 29):
-        self.embed, self.room, self.kept = embed, limit, {}
+    def __init__(self, embed, limit: int = 2 ** 29, folder: Path | None = None):
+        self.embed, self.room, self.kept, self.folder = embed, limit, {}, folder
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
@@ -196,10 +206,37 @@ class CaptionCache:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def ask(self, text: str) -> torch.Tensor:
+        if self.folder is not None:
+            return self.ask_the_disk(text)
         row = self.embed([text])[0].cpu()                                                        # dim, or n dim
         if row.numel() <= self.room:
             self.kept[text], self.room = row, self.room - row.numel()
         return row
+
+    def file(self, text: str) -> Path:
+        return self.folder / (hashlib.sha256(text.encode()).hexdigest()[:32] + '.pt')
+
+    def ask_the_disk(self, text: str) -> torch.Tensor:
+        if self.file(text).exists():
+            return checkpoint.load(self.file(text)).float()
+        row = self.embed([text])[0].cpu()
+        short = row.bfloat16()
+        checkpoint.save(short if torch.equal(short.float(), row) else row, self.file(text))
+        return row
+
+    def fill(self, texts: set[str], processes: Processes) -> None:
+        """Ask for all that are not there yet; several processes share them out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [text for text in sorted(texts)[processes.rank::processes.world_size] if not self.file(text).exists()]
+        for text in tqdm(missing, desc='encoding captions', unit='caption', disable=not processes.is_main or not missing):
+            self.ask_the_disk(text)
+        processes.any(False)                                 # the others may have captions that we need
+
+
+def caption_folder(encoder: nn.Module, folder: str | Path) -> Path:
+    """Where in `folder` its captions are. Another encoder has another place: one with other weights, or another length."""
+    some = ((name, weight.flatten()[:64]) for name, weight in encoder.transformer.named_parameters())     # of billions
+    return Path(folder) / checkpoint.fingerprint(some, sorted(encoder.config().items()))
 
 
 def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> nn.Module:
@@ -208,6 +245,8 @@ def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> n
     A checkpoint may say which frozen encoder it was trained with, but a file from elsewhere must not choose what is
     fetched from the hub: what is not in a directory on disk, the user has to name in `name_or_path`.
     """
+    if config['kind'] == 'words' and name_or_path is not None:
+        raise ValueError(f'text_encoder={name_or_path!r}: this model has learnt its words itself, leave it out')
     kinds = {'words': WordEncoder, 'bert': BertEncoder, 't5': T5Encoder}
     settings = {key: value for key, value in config.items() if key != 'kind'}
     if config['kind'] != 'words':
@@ -216,6 +255,14 @@ def text_encoder_from_config(config: dict, name_or_path: str | None = None) -> n
             raise ValueError(f'it was trained with the text encoder {settings["name_or_path"]!r:.100}, which is no directory here: '
                              'name it yourself to load it from the hub, text_encoder=... or --text-encoder ...')
     return kinds[config['kind']](**settings)
+
+
+def named_bert(name_or_path: str | None, pool: str) -> BertEncoder:
+    """For a network that asks for BERT by itself. None: it comes from a file, and nobody has named what to load."""
+    if name_or_path is None:
+        raise ValueError('this model was trained with the vectors of a BERT: name it yourself, text_encoder=... or --text-encoder, '
+                         'bert-base-cased if it was the usual one')
+    return BertEncoder(name_or_path, pool)
 
 
 def load_transformer(name_or_path: str, model_class: str, dtype: torch.dtype) -> tuple:

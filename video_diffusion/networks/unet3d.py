@@ -6,7 +6,7 @@ which each pixel position looks at itself in the other frames. That is all the t
 network, so any number of frames can be given, and with temporal attention held back ("focus on the
 present") the same weights are an image model.
 
-                       x (b c f h w) in [-1, 1], time (b), cond (b cond_dim)
+                       x (b c f h w) in [-1, 1], time (b) or (b f), cond (b cond_dim)
                        |
     1x7x7 conv, temporal attention ----------------------------------------------------- skip --.
                        |                                                                         |
@@ -28,15 +28,21 @@ import torch
 import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import one_of, whole
-from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
+from .attention import (
+    RelativePositionBias,
+    SpatialAttention,
+    SpatialLinearAttention,
+    TemporalAttention,
+    TextAttention,
+    rotations,
+)
+from .recompute import recompute
 from .text import masked_mean
 from .unet_blocks import FrameConv, FrameConvTranspose, ResnetBlock, SinusoidalEmbedding
 
 BERT_DIM = 768
-
 
 BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention  # all Levels are made of
 
@@ -53,13 +59,14 @@ class Level(nn.Module):
         self.temporal_attention = temporal
         self.text_attention = text
 
-    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = self.block1(x, emb)
+    def forward(self, x: Tensor, emb: Tensor, along_time: tuple, text: tuple[Tensor, Tensor] | None,
+                skip: Tensor | None = None) -> Tensor:
+        x = self.block1(x, emb, skip)
         x = self.block2(x, emb)
         x = self.spatial_attention(x)
         if text is not None:
             x = self.text_attention(x, *text)
-        return self.temporal_attention(x, bias, frames_alone)
+        return self.temporal_attention(x, *along_time)
 
 
 class Unet3D(nn.Module):
@@ -146,17 +153,18 @@ class Unet3D(nn.Module):
             self.to_tokens = nn.Sequential(nn.LayerNorm(self.cond_dim), nn.Linear(self.cond_dim, time_dim))
             self.null_token = nn.Parameter(torch.randn(1, 1, time_dim))   # always there, so that there is one to look at
 
-        # Autograd keeps what happens inside a block until its backward pass: in attention that is twenty times its input.
-        # Checkpointing (arXiv 1604.06174) keeps the input only. No block draws anything, so there is no RNG to restore.
+        # What is computed again, and what by default: see recompute.py. Now small attention layers too, and convolutions.
         if checkpoint_activations:
             for block in self.modules():
-                if isinstance(block, BLOCKS):
-                    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                if isinstance(block, ResnetBlock):
+                    block.forward, block.little = partial(recompute, block.forward), math.inf    # once is enough
+                elif isinstance(block, BLOCKS):
+                    block.little = 0
 
     def forward(
         self,
         x: Tensor,                                   # (b c f h w), noisy video in [-1, 1] plus noise
-        time: Tensor,                                # (b), diffusion step
+        time: Tensor,                                # (b), diffusion step; or (b f), where each frame is as noisy as it likes
         cond: Tensor | None = None,                  # (b cond_dim); with text_tokens (b n cond_dim), rows of zeros are padding
         null_cond_prob: float = 0.,                  # drop the condition of a sample with this probability
         focus_present_mask: Tensor | None = None,    # (b) bool: in these samples no frame sees another
@@ -165,32 +173,34 @@ class Unet3D(nn.Module):
         known: Tensor | None = None,                 # (b c f h w): known frames in [-1, 1], with `cond_frames` only
         known_mask: Tensor | None = None,            # (b f) bool: which of them are known; None: no frame is
     ) -> Tensor:
-        self.check(x, cond)
+        self.check(x, time, cond)
         b, _, f = x.shape[:3]
         if self.cond_frames:
             x = with_known_frames(x, known, known_mask)  # (b 2c+1 f h w)
         elif known is not None:
             raise ValueError('known frames were given, but this model was built without cond_frames=True')
         bias, frames_alone = self.temporal_bias(b, f, focus_present_mask, prob_focus_present)
+        turn = rotations(f, self.init_temporal_attention.rotary, self.init_temporal_attention.dim_head)
+        along_time = bias, turn, frames_alone
 
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
-        x = self.init_temporal_attention(x, self.time_bias(f))
+        x = self.init_temporal_attention(x, self.time_bias(f), turn)
         first = x
 
-        emb, text = self.time_mlp(time), None
+        emb, text = self.time_mlp(time.view(b, -1)), None    # (b 1 n) or (b f n)
         if self.has_cond:
             if null_cond_mask is None:
                 null_cond_mask = bernoulli(b, null_cond_prob, x.device)
             if self.text_tokens:
                 cond, text = self.read_tokens(cond.to(emb.dtype), null_cond_mask)
             cond = torch.where(null_cond_mask[:, None], self.null_cond, cond.to(emb.dtype))
-            emb = torch.cat((emb, cond), dim=-1)
+            emb = torch.cat((emb, cond[:, None].expand(-1, emb.shape[1], -1)), dim=-1)
 
         skips = []
         for level, downsample in zip(self.downs, self.downsamples):
-            x = level(x, emb, bias, frames_alone, text)
+            x = level(x, emb, along_time, text)
             skips.append(x)
             x = downsample(x)
 
@@ -198,14 +208,14 @@ class Unet3D(nn.Module):
         x = self.mid_spatial_attention(x)
         if text is not None:
             x = self.mid_text_attention(x, *text)
-        x = self.mid_temporal_attention(x, bias, frames_alone)
+        x = self.mid_temporal_attention(x, *along_time)
         x = self.mid_block2(x, emb)
 
         for level, upsample in zip(self.ups, self.upsamples):
-            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone, text)
+            x = level(x, emb, along_time, text, skips.pop())
             x = upsample(x)
 
-        x = self.final_block(torch.cat((x, first), dim=1))
+        x = self.final_block(x, None, first)
         return self.final_conv(x)
 
     def forward_with_cond_scale(
@@ -254,22 +264,25 @@ class Unet3D(nn.Module):
         hidden = mask[:, None, None, None, None] & others  # (b 1 1 f f)
         return bias.masked_fill(hidden, -math.inf), False
 
-    def check(self, x: Tensor, cond: Tensor | None) -> None:
+    def check(self, x: Tensor, time: Tensor, cond: Tensor | None) -> None:
         """Say what is wrong with an input before a layer deep inside says something else."""
         if x.ndim != 5 or x.shape[1] != self.channels:
             raise ValueError(f'the video has shape {tuple(x.shape)}: expected '
                              f'(batch, {self.channels} channels, frames, height, width)')
-        h, w = x.shape[3:]
+        b, _, f, h, w = x.shape
+        if time.shape not in ((b,), (b, f)):
+            raise ValueError(f'time has shape {tuple(time.shape)}: expected ({b},), a step for each video, or ({b}, {f}), one for '
+                             'each frame')
         step = 2 ** (len(self.downs) - 1)
         if h % step or w % step:
             raise ValueError(f'frames of {h}x{w}: with {len(self.downs)} levels, height and width must be '
                              f'multiples of {step} ({step}, {2 * step}, {3 * step}, ...)')
         if not self.has_cond and cond is not None:
             raise ValueError('cond was given, but this model was built without cond_dim')
-        expected = f'({x.shape[0]}, {"tokens, " if self.text_tokens else ""}{self.cond_dim})'
+        expected = f'({b}, {"tokens, " if self.text_tokens else ""}{self.cond_dim})'
         if self.has_cond and cond is None:
             raise ValueError(f'this model is conditional: give cond, a tensor of shape {expected}')
-        fits = cond is None or cond.ndim == 2 + self.text_tokens and cond.shape[::cond.ndim - 1] == (x.shape[0], self.cond_dim)
+        fits = cond is None or cond.ndim == 2 + self.text_tokens and cond.shape[::cond.ndim - 1] == (b, self.cond_dim)
         if not fits:
             raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}')
 

@@ -2,6 +2,8 @@
 
     x (b c f h w) -- conv -- group norm -- FiLM (time and condition) -- SiLU -- conv -- group norm -- SiLU -- + --> y
       `------------------------------- 1x1x1 conv, or nothing ----------------------------------------------'
+
+What time and condition say comes as (b 1 n), for all frames of a clip, or as (b f n), where each frame has a time of its own.
 """
 
 import math
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import on_cpu
+from .recompute import LITTLE, on_cpu, plainly, recompute
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -24,8 +26,8 @@ class SinusoidalEmbedding(nn.Module):
     def forward(self, time: Tensor) -> Tensor:
         half = self.dim // 2
         exponent = torch.arange(half, device=time.device) * (-math.log(10000) / (half - 1))
-        angle = time[:, None] * exponent.exp()[None, :]
-        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (b, dim)
+        angle = time[..., None] * exponent.exp()
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (... dim)
 
 
 class FrameConv(nn.Conv2d):
@@ -54,20 +56,19 @@ class Block(nn.Module):
         self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
         self.norm = nn.GroupNorm(groups, dim_out)
 
-    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """x (b c f h w), scale_shift (b, 2 dim_out)."""
-        x = self.conv(x)
+    def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        """All but the convolution: x (b c f h w), scale_shift (b 1 2c) or (b f 2c)."""
         if scale_shift is None and on_cpu(x):
             return F.silu(self.norm(x))
-        gain, bias = self.norm.weight[None], self.norm.bias[None]            # 1 dim_out
+        gain, bias = self.norm.weight[None, None], self.norm.bias[None, None]          # 1 1 c
         if scale_shift is not None:
             # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
-            scale, shift = scale_shift.chunk(2, dim=1)                       # b dim_out
+            scale, shift = scale_shift.chunk(2, dim=-1)
             gain, bias = gain * (scale + 1), bias * (scale + 1) + shift
-        return F.silu(self.normed(x, gain[:, :, None, None, None], bias[:, :, None, None, None]))
+        return F.silu(self.normed(x, *(rearrange(values, 'b f c -> b c f 1 1') for values in (gain, bias))))
 
     def normed(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-        """x (b c f h w) with its groups normalised, times gain, plus bias (b c 1 1 1), in the layout that x has.
+        """x (b c f h w) with its groups normalised, times gain, plus bias (b c f 1 1), in the layout that x has.
 
         A CPU's group norm knows channels-last. That of a GPU would copy x into another layout, and the next convolution back.
         """
@@ -77,12 +78,14 @@ class Block(nn.Module):
         width = torch.promote_types(x.dtype, torch.float32)                  # half precision is too short for such a sum
         var, mean = torch.var_mean(x.to(width).unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0, keepdim=True)
         rstd, mean = (each.repeat_interleave(x.shape[1] // groups, dim=1)[:, :, 0] for each in ((var + eps).rsqrt(), mean))
-        gain = gain * rstd                                                   # b c 1 1 1
+        gain = gain * rstd                                                   # b c f 1 1
         return torch.addcmul(bias - mean * gain, x, gain).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):
     """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
+
+    little = LITTLE
 
     def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
         super().__init__()
@@ -91,8 +94,17 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(dim_out, dim_out, groups)
         self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """`skip`: more channels of the input, from the other side of the U."""
         scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
-        h = self.block1(x, scale_shift)
-        h = self.block2(h)
-        return h + self.shortcut(x)
+        call = recompute if 8 * x.numel() >= self.little else plainly           # eight tensors would be kept
+        shortcut, h = self.read(x) if skip is None else call(self.read, x, skip)
+        h = call(self.between, h, scale_shift)
+        return call(self.block2.activate, h) + shortcut
+
+    def read(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self.shortcut(x), self.block1.conv(x)
+
+    def between(self, h: Tensor, scale_shift: Tensor | None) -> Tensor:
+        return self.block2.conv(self.block1.activate(h, scale_shift))

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .. import checkpoint
+
 
 class EMA:
     def __init__(self, model: nn.Module, decay: float, *, warmup: bool = False):
@@ -64,4 +66,6 @@ class EMA:
     def load_state_dict(self, state: dict) -> None:
         self.updates = state['updates']
         for name, average in self.average.items():
+            if fault := checkpoint.misfit(state['average'][name], average):
+                raise ValueError(f'the average of {name} {fault}')
             average.copy_(state['average'][name])

@@ -12,10 +12,9 @@ get, are functions of (seed, n) alone. They do not depend on the number of proce
 all and takes its own rows, so two processes train like one with twice the batch.
 """
 
-import csv
 import math
-import os
 import time
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +27,15 @@ from tqdm.auto import tqdm
 from .. import checkpoint
 from ..checks import number, whole
 from ..data.dataset import GifDataset, batches, seeded_generator
-from ..distributed import Processes
+from ..diffusion.samplers import bar
+from ..distributed import Processes, lost_others
 from . import lr_schedule, shard
+from .alike import clip_list
 from .ema import EMA
-from .interrupt import StopRequest
-from .precision import use_tensor_cores
+from .interrupt import Stopped, StopRequest
+from .lock import hold
+from .log import add_rows, begin_log
+from .precision import amp_dtype, use_tensor_cores
 
 
 class TrainingLoop(ABC):
@@ -85,6 +88,7 @@ class TrainingLoop(ABC):
         self.seconds = 0.                 # spent training, over all resumed runs
         self.pending: list[tuple] = []    # (step, values on the device, learning rate), not looked at yet
         self.measured: dict[str, float] = {}  # at the last milestone
+        self.stop = StopRequest()
 
     # What a trainer fills in
 
@@ -115,34 +119,71 @@ class TrainingLoop(ABC):
     # The loop
 
     def run(self, log_fn: Callable[[dict], object]) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
-        self.results_folder.mkdir(parents=True, exist_ok=True)
-        self.trim_log()
+        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
+        with lost_others(), hold(self.results_folder, self.processes) as self.lock, self.stop:
+            self.processes.agree({'clips': clip_list(self.dataset), 'step': self.step})
+            self.processes.by_main(lambda: begin_log(self.log_file, self.log_columns(), self.step))
+            began, stopped = self.step, self.draw_what_is_missing()
+            if self.step < self.train_num_steps and not stopped:
+                stopped = self.train_on(log_fn)
+        if self.processes.is_main:
+            print(f'stopped at step {self.step}: saved, load(-1) goes on from here' if stopped else
+                  'training completed' if self.step == self.train_num_steps else
+                  f'nothing to do: {began} steps are done already, and train_num_steps={self.train_num_steps}')
+
+    def train_on(self, log_fn: Callable[[dict], object]) -> bool:
+        """All steps that are left; True if a stop was requested before."""
         data = self.batches()
-        progress = tqdm(initial=self.step, total=self.train_num_steps, desc='training', unit='step',
-                        disable=not self.processes.is_main)
-        with StopRequest() as stop, progress:
+        with tqdm(initial=self.step, total=self.train_num_steps, desc='training', unit='step',
+                  disable=not self.processes.is_main) as progress:
             self.watch = time.perf_counter()
             while self.step < self.train_num_steps:
                 self.train_step(data)
                 progress.update()
-                stopping = self.processes.any(stop.requested)
-                milestone = self.step % self.save_and_sample_every == 0 or self.step == self.train_num_steps
-                rows = []
+                stopping = self.processes.any(self.stop.requested)
+                milestone, rows = self.is_milestone(), []
                 if self.step % self.log_every == 0 or milestone or stopping:
                     rows = self.log(progress, measure=milestone)
                 if milestone or stopping:
                     self.save(self.milestone())
                 if milestone and not stopping:
-                    rows[-1]['sample'] = self.sample(self.milestone())
+                    stopping = not self.draw_milestone()
+                    rows[-1] |= {} if stopping else {'sample': self.picture()}
                     self.watch = time.perf_counter()
                 for row in rows:
                     log_fn(row)
                 if stopping:
-                    break
-        if self.processes.is_main:
-            done = self.step == self.train_num_steps
-            print('training completed' if done else f'stopped at step {self.step}: saved, load(-1) goes on from here')
+                    return True
+        return False
+
+    # Samples of a milestone
+
+    def is_milestone(self) -> bool:
+        return self.step % self.save_and_sample_every == 0 or self.step == self.train_num_steps
+
+    def picture(self) -> Path:
+        return self.results_folder / f'{self.milestone()}.gif'
+
+    def draw_milestone(self) -> bool:
+        """Its samples, or False: a stop was requested, and they are drawn when the run goes on."""
+        try:
+            self.sample(self.milestone())
+        except Stopped:
+            return False
+        self.processes.wait()                # the main one may be writing still
+        return True
+
+    def draw_what_is_missing(self) -> bool:
+        """Of a run that ended after a milestone was saved and before it was drawn; True if it is stopped again."""
+        missing = self.processes.any(self.processes.is_main and not self.picture().exists())
+        return missing and self.step > 0 and self.is_milestone() and not self.draw_milestone()
+
+    def until_stopped(self, steps: list[int]) -> Iterator[int]:
+        """The steps of a sampler, with a progress bar, until a stop is requested in any process."""
+        for step in bar(steps, self.processes.is_main):
+            if self.processes.any(self.stop.requested):
+                raise Stopped
+            yield step
 
     def batches(self) -> Iterator:
         """The batches of this process, from where the run stands."""
@@ -216,29 +257,25 @@ class TrainingLoop(ABC):
             rows[-1].update(self.measured)
         progress.set_postfix(loss=f'{rows[-1][self.columns[0]]:.4f}', clips_per_s=f'{speed:.1f}')
         if self.processes.is_main:
-            with open(self.results_folder / 'log.csv', 'a', newline='') as file:
-                csv.DictWriter(file, self.log_columns()).writerows(rows)
+            self.look_after_folder()
+            add_rows(self.log_file, self.log_columns(), rows)
         self.watch = time.perf_counter()
         return rows
 
     def log_columns(self) -> list[str]:
         return ['step', *self.columns, 'lr', 'clips_per_second', 'seconds', *self.measures]
 
-    def trim_log(self) -> None:
-        """Begin the log, or drop the rows after our step, which a run that was killed wrote after its last save."""
-        if not self.processes.is_main:
-            return
-        path = self.results_folder / 'log.csv'
-        rows = []
-        if self.step and path.exists():
-            with open(path, newline='') as file:
-                rows = [row for row in csv.DictReader(file) if row['seconds'] and int(row['step']) <= self.step]
-        temporary = path.with_suffix('.tmp')
-        with open(temporary, 'w', newline='') as file:
-            writer = csv.DictWriter(file, self.log_columns())
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, path)
+    @property
+    def log_file(self) -> Path:
+        return self.results_folder / 'log.csv'
+
+    def look_after_folder(self) -> None:
+        """It may have been deleted while we train."""
+        if not self.log_file.exists():
+            warnings.warn(f'{self.log_file} is gone, deleted alone or with its folder: both are made again, and what was in there '
+                          'before is lost')
+            self.lock.take()                 # another run may have begun there
+            begin_log(self.log_file, self.log_columns(), 0)
 
     # Checkpoints
 
@@ -252,6 +289,7 @@ class TrainingLoop(ABC):
         if self.processes.is_main:
             self.results_folder.mkdir(parents=True, exist_ok=True)
             checkpoint.save(state, self.results_folder / f'model-{milestone}.pt')
+        self.processes.wait()                # a large one on a slow disk takes its time
 
     def load(self, milestone: int = -1, strict: bool = True) -> None:
         """Go on from a milestone of the results folder; -1 is the newest. `strict` is that of the model's load_state_dict."""
@@ -283,31 +321,24 @@ class TrainingLoop(ABC):
         missing = [name for name in self.parts if name not in state]
         if missing:
             raise ValueError(f'the checkpoint holds no {", ".join(missing)}: it was made with other settings of the trainer')
-        if len(state['optimizer']['param_groups']) != len(self.optimizer.param_groups):
-            raise ValueError('the checkpoint was trained by another optimizer (Adam, or Muon, which has muon_lr): choose that one')
         with checkpoint.blaming('the checkpoint'):
             for name, part in self.parts.items():
-                if part is not self.scaler or state[name]:     # a run without fp16 had no scale: begin with the usual one
+                if isinstance(part, torch.optim.Optimizer):
+                    shard.load(part, checkpoint.moments(state[name], part))
+                elif part is not self.scaler or state[name]:   # a run without fp16 had no scale: begin with the usual one
                     shard.load(part, state[name], **({} if strict or name != 'model' else {'strict': False}))
             self.step, self.seed, self.seconds = int(state['step']), int(state['seed']), float(state['seconds'])
-            self.counted_from = tuple(state.get('counted_from', (0, 0)))
+            step, milestone = state.get('counted_from', (0, 0))
+            self.counted_from = int(step), int(milestone)
+            whole('step', self.step, 0)
+            whole('seed', self.seed, 0, 2 ** 63 - 1)
 
 
-def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Adam for those weights that learn, all of them in one kernel where the device has one."""
+def adam(weights: Iterable[nn.Parameter], lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.,
+         ) -> torch.optim.Adam:
+    """Adam for those weights that learn, all of them in one kernel where the device has one; AdamW where weights decay."""
     number('train_lr', lr, 0)
+    number('weight_decay', weight_decay, 0)
+    kind, more = (torch.optim.AdamW, dict(weight_decay=weight_decay)) if weight_decay else (torch.optim.Adam, {})
     weights = [weight for weight in weights if weight.requires_grad]
-    return torch.optim.Adam(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights))
-
-
-def amp_dtype(device: torch.device) -> torch.dtype:
-    """The half precision that this device is fast in."""
-    if device.type == 'cuda':
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == 'mps':
-        return torch.float16
-    # Without such instructions bf16 matrix products are emulated: measured 300 times slower than float32.
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
-    raise ValueError('amp=True: this CPU has no bf16 instructions, so mixed precision would be far slower than '
-                     'float32. Leave amp off, or train on a GPU')
+    return kind(weights, lr=lr, betas=betas, fused=all(w.device.type in ('cpu', 'cuda') for w in weights), **more)

@@ -2,19 +2,19 @@
 
 import argparse
 import os
-import shutil
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data import shapes
 from ..data.folder import ClipFolder
-from ..distributed import Processes
+from ..distributed import Processes, lost_others
 
 # With VIDEO_DIFFUSION_TINY=1 every run is over in seconds: to try a command, and to test those of the README.
-TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=8, dim_mults=(1, 2), batch_size=2, sample_every=2, sample_rows=1,
-            sample_steps=2)
+TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=16, attn_dim_head=16, depth=2, dim_mults=(1, 2), batch_size=2, sample_every=2,
+            sample_rows=1, sample_steps=2)
 
 
 class Flag(NamedTuple):
@@ -74,8 +74,11 @@ def default_text(flag: Flag, table: tuple | None) -> str:
         if isinstance(value, bool):
             return 'on' if value else 'off'
         return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
-    columns = [' | '.join(dict.fromkeys(map(words, column))) for column in table if column]
-    return '[' + '; vae '.join(dict.fromkeys(columns)) + ']'
+    columns = {}                                           # what it says: of which kind of run it is said first
+    for kind, column in zip(('', 'vae ', 'dit '), table):
+        if column:
+            columns.setdefault(' | '.join(dict.fromkeys(map(words, column))), kind)
+    return '[' + '; '.join(kind + text for text, kind in columns.items()) + ']'
 
 
 @contextmanager
@@ -86,7 +89,8 @@ def one_line_errors(name: str):
     einops or Python itself is a fault of ours.
     """
     try:
-        yield
+        with lost_others():
+            yield
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if '--debug' in sys.argv or isinstance(error, ValueError) and not raised_here(error):
             raise
@@ -104,14 +108,20 @@ def raised_here(error: Exception) -> bool:
 
 
 def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: Processes) -> Path:
-    """The toy world in `folder`, drawn if it is not there yet."""
-    if processes.is_main and not folder.exists():
+    """The toy world in `folder`, drawn if it is not there yet. Another run may be drawing it as well: the first one's counts."""
+    def draw():
+        if folder.exists():
+            return
         print(f'drawing {count} clips into {folder}')
-        unfinished = folder.with_name(folder.name + '.unfinished')
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shapes.make_shapes(unfinished, count, size, frames)
-        unfinished.rename(folder)
-    processes.any(False)  # the others wait here until it is drawn
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'{folder.name}.unfinished-', dir=folder.parent) as unfinished:
+            drawn = shapes.make_shapes(Path(unfinished) / folder.name, count, size, frames)
+            try:
+                drawn.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    processes.by_main(draw)
     clips = ClipFolder(folder)
     there = len(clips.paths), *clips.shape()
     if there != (count, frames, size, size):

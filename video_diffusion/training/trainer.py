@@ -23,14 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
-from ..data.show import enlarged
+from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
+from ..diffusion.samplers import Progress
 from ..diffusion.sampling import Sampling
 from ..distributed import Processes, best_device
-from ..networks.text import CaptionCache
+from ..networks.dit import DiT
+from ..networks.text import CaptionCache, caption_folder
 from . import lr_schedule
+from .alike import settings_of
 from .ema import EMA
+from .held_out import COLUMNS as held_out_columns
+from .held_out import loss_per_level
 from .loop import TrainingLoop, adam
 from .lora_run import Learnt, check_lora, lora_config
 from .memory import keep_freed_memory
@@ -62,8 +67,11 @@ class Trainer(TrainingLoop):
         random_window: bool = False,             # of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         strict: bool = False,                    # a damaged clip is an error, not a warning
+        held_out: int = 0,                       # clips to measure on and never train on: see held_out.py
         images: bool = False,                    # train on the png and jpg files of the folder too, as frames without motion
         latent_cache: str | Path | None = None,  # encode each clip once, into this folder: see latent_cache.py
+        caption_cache: str | Path | None = None,  # and each caption, after which a frozen text encoder leaves the memory
+        adam_betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.,
         muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
@@ -74,41 +82,58 @@ class Trainer(TrainingLoop):
         self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)
         self.sampling = Sampling(sampler, sample_steps, cond_scale)
         self.sampling.check(diffusion.num_timesteps, has_cond=self.use_captions)
-        processes = processes or Processes(device=best_device())
+        given, processes = locals(), processes or Processes(device=best_device())
         shard = shard and processes.world_size > 1           # the share of one that is alone is all
-        begin(diffusion, processes, shard)
+        begin(diffusion, processes, shard, given)
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                                 horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
                                 fps=fps, clips_per_video=clips_per_video, exts=CLIPS + IMAGES if images else CLIPS)
+        cached = lambda clips: LatentCache(clips, diffusion, latent_cache, processes) if latent_cache else clips
+        self.held_out = cached(self.clips.hold_out(held_out)) if held_out else ()
+        self.measures = held_out_columns if held_out else ()
         super().__init__(
-            diffusion, self.clips if latent_cache is None else LatentCache(self.clips, diffusion, latent_cache, processes),
-            optimizer=(adam(diffusion.parameters(), train_lr) if muon_lr is None else
-                       Muon(*split(diffusion), lr=train_lr, muon_lr=muon_lr)),
+            diffusion, cached(self.clips), optimizer=optimizer(diffusion, train_lr, muon_lr, adam_betas, weight_decay),
             ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
             save_and_sample_every=save_and_sample_every, log_every=log_every, results_folder=results_folder, seed=seed,
             processes=processes)
         self.null_cond_prob, self.noise_bias, self.images = null_cond_prob, noise_bias, images
-        self.num_samples, self.enlarges = num_sample_rows ** 2, getattr(diffusion, 'low_res', None) is not None
-        self.prepare_captions(folder)
-        if compile:
-            diffusion.denoise_fn.compile()       # in place: the weights keep their names
-        several = processes.world_size > 1 and not shard
-        self.model = DistributedDataParallel(diffusion, broadcast_buffers=False) if several else diffusion
-        self.lora = lora_config(diffusion)
-        if self.lora:
-            self.parts['model'] = Learnt(diffusion)      # checkpoints leave out what is frozen
+        self.num_samples = num_sample_rows ** 2
+        self.prepare_captions(folder, caption_cache)
+        self.prepare_model(compile, several=processes.world_size > 1 and not shard)
 
-    def prepare_captions(self, folder: str | Path) -> None:
+    def prepare_model(self, compile: bool, several: bool) -> None:
+        given = (name for name in ('low_res', 'image_scale') if getattr(self.diffusion, name, None) is not None)
+        self.asks_for = next(given, None)            # what samples need beside a caption
+        if compile:
+            self.diffusion.denoise_fn.compile()      # in place: the weights keep their names
+        self.model = DistributedDataParallel(self.diffusion, broadcast_buffers=False) if several else self.diffusion
+        self.lora = lora_config(self.diffusion)
+        if self.lora:
+            self.parts['model'] = Learnt(self.diffusion)     # checkpoints leave out what is frozen
+
+    def prepare_captions(self, folder: str | Path, cache: str | Path | None) -> None:
         captions, encoder = self.dataset.captions, self.diffusion.text_encoder
         if self.use_captions and captions is None:
             raise ValueError(f'the model is conditional, but the clips in {folder} have no captions: put a clip.txt '
                              'beside each clip.gif, or build the model without cond_dim')
         if self.processes.is_main:
-            print(f'{len(self.dataset)} clips in {folder}' + (', with captions' if captions else ''))
+            print(f'{len(self.dataset)} clips in {folder}' + (', with captions' if captions else '')
+                  + (f', and {len(self.held_out)} held out' if self.held_out else ''))
+        if cache is not None and not (self.use_captions and hasattr(encoder, 'unload')):
+            raise ValueError('caption_cache is for what a BertEncoder or T5Encoder says, and this model has none: leave it out')
         learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
-        self.cache = None if learns else CaptionCache(self.diffusion.embed)   # each caption goes through a frozen encoder once
+        self.cache = None if learns else CaptionCache(self.diffusion.embed, folder=cache and caption_folder(encoder, cache))
+        if cache is not None:
+            self.cache.fill({*captions, *(self.held_out and self.held_out.captions)}, self.processes)
+            encoder.unload()
+
+    def told(self, captions: list[str] | None) -> Tensor | list[str] | None:
+        """Captions as the diffusion takes them: what a frozen encoder says of each, asked for once."""
+        if not self.use_captions or self.cache is None:
+            return captions if self.use_captions else None
+        return self.cache(captions).to(self.device, non_blocking=True)
 
     # The names that scripts written for video-diffusion-pytorch type
 
@@ -128,8 +153,10 @@ class Trainer(TrainingLoop):
         focus_present_mask: Tensor | None = None,   # (batch) bool: always these
         log_fn: Callable[[dict], object] = lambda log: None,
     ) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         number('prob_focus_present', prob_focus_present, 0, 1)
+        if prob_focus_present or focus_present_mask is not None:
+            refuse_single_frames(self.diffusion.denoise_fn)
         self.prob_focus_present = prob_focus_present
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
@@ -147,9 +174,7 @@ class Trainer(TrainingLoop):
             draws['focus_present_mask'] = still | draws.get('focus_present_mask', still)
         if self.focus_present_mask is not None:
             draws['focus_present_mask'] = self.focus_present_mask
-        cond = captions if self.use_captions else None
-        if cond is not None and self.cache is not None:
-            cond = self.cache(cond).to(self.device, non_blocking=True)
+        cond = self.told(captions)
         # Processes average their gradients once per step, in the last backward pass; sharded ones, which have no room for
         # whole gradients to add up, in every one.
         with nullcontext() if is_last or self.model is self.diffusion else self.model.no_sync():
@@ -170,10 +195,11 @@ class Trainer(TrainingLoop):
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = t ** (1 / self.noise_bias)
-        draws = dict(t=(t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)[rows])
+        t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
+        draws = dict(t=self.diffusion.draw_levels(t, where['generator'])[rows])
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            draws['null_cond_mask'] = (torch.rand(clips, **where) < self.null_cond_prob)[rows]
+            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < frame_levels.null_share(draws['t'], self.null_cond_prob)
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
@@ -187,10 +213,11 @@ class Trainer(TrainingLoop):
         path = self.results_folder / f'{milestone}.gif'
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
-            videos = sample_many(self.diffusion, prompts, self.num_samples, batch_size=self.batch_size, seed=self.seed,
-                                 processes=self.processes, low_res=self.small_clips(), **self.sampling.changed())
+            videos = sample_many(self.diffusion, self.told(prompts), self.num_samples, batch_size=self.batch_size, seed=self.seed,
+                                 processes=self.processes, progress=self.until_stopped, **self.given_clips(),
+                                 **self.sampling.changed())
         if self.processes.is_main:
-            write_clip(enlarged(videos), path, self.clips.fps)
+            write_clip(videos, path, self.clips.fps, scale=None)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
         return path
@@ -199,25 +226,46 @@ class Trainer(TrainingLoop):
         """Captions from all over the folder; the same ones at every milestone."""
         if not self.use_captions:
             return None
-        captions = self.clips.captions if self.enlarges else sorted(set(self.dataset.captions))
+        captions = self.clips.captions if self.asks_for else sorted(set(self.dataset.captions))
         return [captions[i * len(captions) // self.num_samples] for i in range(self.num_samples)]
 
-    def small_clips(self) -> Tensor | None:
-        """For a model that enlarges: clips from all over the folder (count c f h w), made small."""
-        if not self.enlarges:
-            return None
+    def given_clips(self) -> dict[str, Tensor]:
+        """Clips from all over the folder (count c f h w): small, for a model that enlarges, or what begins a video."""
+        if not self.asks_for:
+            return {}
         clips = [self.clips.clip(i * len(self.clips) // self.num_samples) for i in range(self.num_samples)]
-        return self.diffusion.shrink(self.clips.floats(torch.stack(clips)))
+        clips = self.clips.floats(torch.stack(clips))
+        return {'low_res': self.diffusion.shrink(clips)} if self.asks_for == 'low_res' else {'first_frames': clips[:, :, :1]}
+
+    def measure(self) -> dict[str, float]:
+        """The loss of the averaged model on the clips that were held out, per noise level."""
+        if not self.held_out:
+            return {}
+        with self.ema.average_parameters(), self.autocast():
+            return loss_per_level(self.diffusion, self.held_out, self.told, self.seed, self.processes)
 
     def config(self) -> dict:
-        return {**self.diffusion.config(), **({'lora': self.lora} if self.lora else {})}
+        more = {'lora': self.lora, 'held_out': len(self.held_out)}
+        return {**self.diffusion.config(), **{name: value for name, value in more.items() if value}}
 
     def has_config(self, config: dict) -> bool:
         check_lora(self.lora, config.get('lora'))
+        if config.get('held_out', 0) != len(self.held_out):
+            raise ValueError(f'the checkpoint held {config.get("held_out", 0)} clips out, this run {len(self.held_out)}: give the '
+                             'same number, or it would be measured on clips that it was trained on')
         return self.diffusion.has_config(config)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), 'sampling': self.sampling.changed()}  # how sample.py draws unless it is told otherwise
+
+
+def optimizer(diffusion: GaussianDiffusion, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float,
+              ) -> torch.optim.Optimizer:
+    if muon_lr is None:
+        return adam(diffusion.parameters(), lr, betas, weight_decay)
+    if weight_decay:
+        raise ValueError(f'weight_decay={weight_decay} is for Adam: leave it out, or leave muon_lr out')
+    return Muon(*split(diffusion), lr=lr, muon_lr=muon_lr)
 
 
 def check_options(
@@ -230,14 +278,23 @@ def check_options(
     whole('num_sample_rows', num_sample_rows, 1)
     number('noise_bias', noise_bias, above=0)
     number('null_cond_prob', null_cond_prob, 0, 1)
+    if images:
+        refuse_single_frames(diffusion.denoise_fn)
     if images and latent_cache is not None:
         raise ValueError('images=True tells images from clips by their pixels, which latent_cache keeps away: leave out one')
     if shard and compile:
         raise ValueError('shard=True borrows weights in the middle of what compile=True would fuse: leave out one')
 
 
-def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> None:
-    """The model on its device, the same in all processes before anything is copied from it."""
+def refuse_single_frames(network: torch.nn.Module) -> None:
+    if isinstance(network, DiT):
+        raise ValueError('images=True and prob_focus_present train on frames one by one, and a DiT has no attention within single '
+                         'frames: leave them out, or take a Unet3D')
+
+
+def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool, given: dict) -> None:
+    """The model on its device, the same in all processes before anything is copied from it, and trained by the same settings."""
+    processes.agree(settings_of(given, diffusion.config()))
     if shard:
         shard_weights(diffusion, processes)
     diffusion.to(processes.device)
@@ -248,9 +305,9 @@ def begin(diffusion: GaussianDiffusion, processes: Processes, shard: bool) -> No
 
 
 def sample_many(
-    diffusion: GaussianDiffusion, prompts: list[str] | None, count: int, *, batch_size: int, seed: int,
+    diffusion: GaussianDiffusion, prompts: Tensor | list[str] | None, count: int, *, batch_size: int, seed: int,
     processes: Processes, num_frames: int | None = None, low_res: Tensor | None = None, first_frames: Tensor | None = None,
-    **sampling,
+    progress: Progress | None = None, **sampling,
 ) -> Tensor | None:
     """`count` videos (count c f h w) on the CPU, in batches that the processes share out; None but in the main one."""
     whole('batch_size', batch_size, 1)
@@ -266,7 +323,7 @@ def sample_many(
             if clips is not None:
                 sampling[name] = clips.expand(count, -1, -1, -1, -1)[rows]
         parts[number] = draw(
-            prompts[rows] if prompts else None, batch_size=rows.stop - rows.start, seed=seed + number,
-            progress=processes.is_main, **sampling).cpu()
+            None if prompts is None else prompts[rows], batch_size=rows.stop - rows.start, seed=seed + number,
+            progress=processes.is_main if progress is None else progress, **sampling).cpu()
     parts = processes.gather(parts)
     return torch.cat([parts[number] for number in sorted(parts)]) if processes.is_main else None

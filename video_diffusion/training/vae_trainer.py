@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from .. import checks
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import ClipFolder, write_clip
-from ..data.show import enlarged
 from ..distributed import Processes, best_device
 from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
 from ..vae.frame_shares import agree_on_shares, has_special_first_frame
@@ -39,6 +38,7 @@ from ..vae.metrics import psnr, ssim
 from ..vae.vae_checkpoint import vae_config
 from ..vae.vae_loss import Discriminator, PerceptualLoss, VAELoss, adaptive_weight, discriminator_loss, generator_loss
 from . import lr_schedule
+from .alike import settings_of
 from .ema import EMA
 from .loop import TrainingLoop, adam
 
@@ -83,7 +83,8 @@ class VAETrainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
-        processes = processes or Processes(device=best_device())
+        given, processes = locals(), processes or Processes(device=best_device())
+        processes.agree(settings_of(given, vae_config(vae)))
         refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
         dataset, self.held_out = clips_to_train_and_measure_on(
             folder, held_out, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
@@ -115,7 +116,7 @@ class VAETrainer(TrainingLoop):
         return critic
 
     def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
-        """Train until step `train_num_steps`, or until SIGINT or SIGTERM; save in either case."""
+        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         self.run(log_fn)
 
     # The step
@@ -230,7 +231,7 @@ class VAETrainer(TrainingLoop):
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            write_clip(enlarged(torch.cat(rows).cpu()), path, self.dataset.fps)                                  # b c f h 3*w
+            write_clip(torch.cat(rows).cpu(), path, self.dataset.fps, scale=None)      # b c f h 3*w
         self.processes.any(False)                            # the others wait until it is drawn
         return path
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..networks.attention import on_cpu
+from ..networks.recompute import on_cpu
 from .frame_shares import (
     AllGather,
     Shares,

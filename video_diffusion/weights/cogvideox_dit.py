@@ -148,7 +148,10 @@ def dit_to_sat(dit: DiT, folder: str | Path) -> None:
 
 def loaded(config: dict, state: dict[str, Tensor], their_name: Callable[[str, DiT], str], path: str | Path) -> DiT:
     dit = checkpoint.hollow(lambda config: DiT(**config), config, len(state), path)
-    return load_renamed(dit, state, their_name, path, as_they_are=True)
+    load_renamed(dit, state, their_name, path, as_they_are=True)
+    if dit.table is not None:                      # of which diffusers makes float64, unless its model is cast
+        dit.table.data = dit.table.data.to(dit.to_patches.weight.dtype)
+    return dit
 
 
 # Configurations

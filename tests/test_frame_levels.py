@@ -1,0 +1,320 @@
+"""Every frame has a noise of its own: the loss, the samplers and what is known, each equal to the plain path or to the truth.
+Run: pytest tests/test_frame_levels.py"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from video_diffusion import DiT, GaussianDiffusion, LatentDiffusion, TemporalVAE, Trainer, Unet3D, WordEncoder
+from video_diffusion.data.shapes import make_shapes
+from video_diffusion.diffusion import known_frames, long_videos
+from video_diffusion.diffusion.frame_levels import CLEAN, LOW, SILENT, draw_levels, levels, levels_differ
+from video_diffusion.diffusion.noise_schedule import cosine_schedule
+from video_diffusion.diffusion.samplers import SAMPLERS, spaced_steps
+from video_diffusion.distributed import Processes
+
+FRAMES = 5
+DOUBLE = dict(dtype=torch.float64)
+
+
+def tiny(frame_noise='independent', cond_dim=None, **kwargs):
+    torch.manual_seed(0)
+    unet = Unet3D(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, cond_dim=cond_dim)
+    return GaussianDiffusion(unet, image_size=(8, 12), num_frames=FRAMES, **{
+        'timesteps': 50, 'objective': 'v', 'frame_noise': frame_noise, **kwargs})
+
+
+# The matrix
+
+def test_the_three_ways_to_draw_are_matrices():
+    assert levels([9, 6, 3], 3).tolist() == [[9, 9, 9], [6, 6, 6], [3, 3, 3], [-1, -1, -1]]
+    assert levels([9, 6, 3], 3, lag=1).tolist() == [[9, 9, 9], [6, 9, 9], [3, 6, 9], [-1, 3, 6], [-1, -1, 3], [-1, -1, -1]]
+    assert levels([9, 6], 3, lag=2).tolist() == [[9, 9, 9], [6, 9, 9], [-1, 9, 9], [-1, 6, 9], [-1, -1, 9], [-1, -1, 6],
+                                                 [-1, -1, -1]]
+
+
+def alone(x, t):
+    """A denoiser, far from linear, to which every frame is a video of its own."""
+    t = torch.as_tensor(t).reshape(-1, 1, FRAMES if torch.is_tensor(t) else 1, 1, 1)
+    return 0.8 * torch.tanh(1.3 * x + 0.2 + t / 1000)
+
+
+@pytest.mark.parametrize('lag', [0, 1, 2, 9])
+@pytest.mark.parametrize('name', ['ddim', 'dpm++2m'])
+def test_frames_that_do_not_see_one_another_do_not_care_who_goes_first(name, lag):
+    """Multistep samplers, too: a frame that has waited has no history yet, and one that is clean stays so."""
+    alpha_bar, steps = cosine_schedule(1000), spaced_steps(1000, 4)
+    x = torch.randn((2, 3, FRAMES, 4, 6), **DOUBLE)
+    together = SAMPLERS[name](alone, x, alpha_bar, steps)
+    staggered = SAMPLERS[name](alone, x, alpha_bar, levels(steps, FRAMES, lag))
+    torch.testing.assert_close(staggered, together, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', SAMPLERS)
+def test_a_matrix_of_equal_columns_is_a_list_of_steps(name):
+    """Noise included, and for one row for all videos as for a row for each."""
+    alpha_bar, steps = cosine_schedule(1000), spaced_steps(1000, 6)
+    x = torch.randn((2, 3, FRAMES, 4, 6), **DOUBLE)
+    matrix = levels(steps, FRAMES)
+    a, b, c = (SAMPLERS[name](alone, x, alpha_bar, way, generator=torch.Generator().manual_seed(0))
+               for way in (steps, matrix, matrix[:, None].expand(-1, 2, -1)))
+    torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+    assert torch.equal(b, c)
+
+
+# Training
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(objective='noise', loss_type='l2', min_snr_gamma=5.), dict(objective='x0'),
+                                    dict(objective='v', loss_type='l2', min_snr_gamma=5., zero_snr=True)], ids=str)
+def test_equal_steps_give_the_loss_and_the_gradients_of_one_step(kwargs):
+    diffusion = tiny(**kwargs)
+    video, noise, t = torch.rand(2, 3, FRAMES, 8, 12), torch.randn(2, 3, FRAMES, 8, 12), torch.tensor([3, 41])
+    results = []
+    for steps in (t, t[:, None].expand(-1, FRAMES)):
+        diffusion.zero_grad()
+        losses = diffusion(video, noise=noise, t=steps, reduction='none')
+        losses.sum().backward()
+        results.append([losses.detach(), *(p.grad.clone() for p in diffusion.parameters() if p.grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('objective', ['noise', 'v', 'x0'])
+def test_each_frame_has_the_noise_the_weight_and_the_way_back_of_its_own_step(objective):
+    diffusion = tiny(objective=objective, loss_type='l2', min_snr_gamma=2.)
+    x0, noise = torch.randn(2, 2, 3, FRAMES, 8, 12)
+    t = torch.randint(0, 50, (2, FRAMES))
+    diffusion.denoise_fn = network = torch.nn.Module()
+    network.forward = lambda x, t, cond=None: 0.3 * x
+    losses = diffusion.p_losses(x0, t, noise=noise, reduction='none')
+    by_frame = []
+    for frame in range(FRAMES):
+        one = slice(frame, frame + 1)
+        torch.testing.assert_close(diffusion.q_sample(x0, t, noise)[:, :, one],
+                                   diffusion.q_sample(x0[:, :, one], t[:, frame], noise[:, :, one]))
+        by_frame.append(diffusion.p_losses(x0[:, :, one], t[:, frame], noise=noise[:, :, one], reduction='none'))
+    torch.testing.assert_close(losses, torch.stack(by_frame).mean(dim=0))
+    network.forward_with_cond_scale = lambda x, t, cond=None, cond_scale=1.: 0.3 * x
+    x = diffusion.q_sample(x0, t, noise)
+    expected = torch.cat([diffusion.predict_x0(x[:, :, f:f + 1], t[:, f]) for f in range(FRAMES)], dim=2)
+    torch.testing.assert_close(diffusion.predict_x0(x, t), expected)
+
+
+def test_steps_of_training_cover_what_is_asked_later():
+    t = torch.randint(500, 1000, (8000,), generator=torch.Generator().manual_seed(1))
+    drawn = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (8000, FRAMES) and drawn.min() >= 0 and drawn.max() <= 999
+    same = ~levels_differ(drawn)
+    assert 0.42 < same.float().mean() < 0.48 and torch.equal(drawn[same, 0], t[same])
+    told = (~same) & ((drawn == t[:, None]) | (drawn <= LOW * 1000)).all(dim=1) & (drawn == t[:, None]).any(dim=1)
+    assert 0.42 < told.float().mean() < 0.49
+    low = drawn[told][:, 0]                                                      # a beginning is always known,
+    assert 0.45 < (low == 0).float().mean() < 0.6 and low.max() <= LOW * 1000    # half of the time without noise
+    assert (drawn[told] == t[told, None]).any(dim=1).all()                       # and something is left to invent
+    assert 0.15 < (drawn[told][:, -1] <= LOW * 1000).float().mean() < 0.35       # now and then the end is known as well
+    again = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+def test_a_model_draws_steps_of_its_own_and_remembers_how_it_was_built():
+    diffusion = tiny()
+    asked = []
+    network = diffusion.denoise_fn.forward
+    diffusion.denoise_fn.forward = lambda x, t, **given: asked.append(t) or network(x, t, **given)
+    diffusion(torch.rand(16, 3, FRAMES, 8, 12))
+    assert asked[0].shape == (16, FRAMES) and levels_differ(asked[0]).any()
+    assert GaussianDiffusion.from_config(diffusion.config()).frame_noise == 'independent'
+    assert tiny('shared').draw_levels(torch.tensor([3, 4])).tolist() == [3, 4]
+
+
+def test_a_trainer_leaves_captions_out_where_frames_tell_and_two_processes_draw_as_one(tmp_path):
+    diffusion = tiny(cond_dim=4, text_encoder=WordEncoder(4, buckets=8))
+    trainer = Trainer(diffusion, make_shapes(tmp_path / 'clips', 2, 16, 12), results_folder=tmp_path, random_window=True,
+                      null_cond_prob=0.1, processes=Processes(device=torch.device('cpu')))
+    draws = trainer.draw(0, 4000, 0.)
+    differ = levels_differ(draws['t'])
+    assert draws['t'].shape == (4000, FRAMES) and 0.5 < differ.float().mean() < 0.6
+    for which, share in ((differ, SILENT), (~differ, 0.1)):
+        assert abs(draws['null_cond_mask'][which].float().mean() - share) < 0.03
+    whole = trainer.draw(1, 6, 0.)
+    trainer.processes = replace(trainer.processes, rank=1, world_size=2)
+    half = trainer.draw(1, 3, 0.)
+    assert all(torch.equal(half[name], whole[name][3:]) for name in ('t', 'noise', 'null_cond_mask'))
+
+
+# What is known
+
+def test_the_network_sees_known_frames_as_they_are_and_is_told_so():
+    diffusion, video = tiny(), torch.rand(2, 3, FRAMES, 8, 12)
+    mask = torch.tensor([[True, False, False, False, True], [True, True, False, False, False]])
+    seen = []
+    ask = diffusion.denoise_fn.forward_with_cond_scale
+    diffusion.denoise_fn.forward_with_cond_scale = lambda x, t, **given: seen.append((x, t)) or ask(x, t, **given)
+    how = dict(known=video, known_mask=mask, sampler='ddpm', steps=4, batch_size=2, seed=0, progress=False)
+    drawn = diffusion.sample(**how)
+    assert len(seen) == 4
+    for (x, t), step in zip(seen, spaced_steps(50, 4)):
+        shown = mask[:, None, :, None, None].expand_as(x)
+        torch.testing.assert_close(x[shown], (2 * video - 1)[shown])
+        assert (t[mask] == 0).all() and (t[~mask] == step).all()
+    torch.testing.assert_close(drawn.transpose(1, 2)[mask], video.transpose(1, 2)[mask])
+    seen.clear()
+    again = diffusion.sample(**how, known_noise=0.1)                             # seen under a little noise, but kept clean
+    torch.testing.assert_close(again.transpose(1, 2)[mask], video.transpose(1, 2)[mask])
+    assert all((t[mask] == 4).all() for _, t in seen) and not torch.allclose(again, drawn)
+    error = (seen[0][0] - diffusion.alpha[4] * (2 * video - 1)).transpose(1, 2)[mask]
+    assert 0.8 < error.std() / diffusion.sigma[4] < 1.2
+
+
+def correlated(rho=0.9):
+    """Gaussian videos whose neighbouring frames correlate by rho: covariance (f f), and the exact denoiser for any levels."""
+    distance = (torch.arange(FRAMES)[:, None] - torch.arange(FRAMES)).abs()
+    covariance = rho ** distance.double()
+    alpha_bar = torch.cat((cosine_schedule(1000), torch.ones(1, **DOUBLE)))
+
+    def denoise(x, t):
+        a = alpha_bar[t].view(-1).sqrt().diag()                                  # f f
+        noise = (1 - alpha_bar[t].view(-1)).diag()
+        gain = covariance @ a @ torch.linalg.inv(a @ covariance @ a + noise)
+        return torch.einsum('ij,bcjhw->bcihw', gain, x)
+    return covariance, alpha_bar[:-1], denoise
+
+
+@pytest.mark.parametrize('name, steps, lag', [('ddim', 150, 0), ('ddpm', 300, 0), ('dpm++2m', 40, 0), ('dpm++2m', 40, 40),
+                                              ('dpm++2m', 40, 7)])
+@pytest.mark.parametrize('known', [[0, 1], [0, 4], []])
+def test_frames_are_drawn_from_the_truth_given_those_that_are_known(name, steps, lag, known):
+    """Mean and covariance of the unknown frames given the known ones: exact conditioning, which guidance only approaches."""
+    covariance, alpha_bar, denoise = correlated()
+    generator = torch.Generator().manual_seed(0)
+    free = [f for f in range(FRAMES) if f not in known]
+    x = torch.randn((1, 1, FRAMES, 60, 60), generator=generator, **DOUBLE)
+    given = torch.linalg.cholesky(covariance) @ torch.randn(FRAMES, generator=generator, **DOUBLE)
+    mask = torch.tensor([[f in known for f in range(FRAMES)]])
+    matrix, x = known_frames.at_level(levels(spaced_steps(1000, steps), FRAMES, lag), x, given[None, None, :, None, None].expand_as(x),
+                                      mask, CLEAN, alpha_bar)
+    drawn = SAMPLERS[name](denoise, x, alpha_bar, matrix, generator=generator).view(FRAMES, -1)      # f samples
+    inverse = torch.linalg.inv(covariance[known][:, known])
+    mean = covariance[free][:, known] @ inverse @ given[known]
+    rest = covariance[free][:, free] - covariance[free][:, known] @ inverse @ covariance[known][:, free]
+    torch.testing.assert_close(drawn[free].mean(dim=1), mean, rtol=0, atol=0.06)
+    torch.testing.assert_close(drawn[free].cov(), rest, rtol=0.08, atol=0.03)
+
+
+def test_leading_away_from_a_hidden_past_is_a_line_through_two_answers():
+    denoise = lambda x, t: 0.1 * x + torch.as_tensor(t)[:, None, :, None, None] / 1000
+    x, noise, mask = torch.rand(2, 3, FRAMES, 4, 6), torch.rand(2, 3, FRAMES, 4, 6), torch.arange(FRAMES).expand(2, -1) < 2
+    t = torch.tensor([[-1, -1, 30, 30, 30]]).expand(2, -1)
+    wide = mask[:, None, :, None, None]
+    unseen = denoise(torch.where(wide, noise, x), torch.where(mask, 49, t))
+    expected = unseen + 1.5 * (denoise(x, t) - unseen)
+    torch.testing.assert_close(known_frames.led_by_known(denoise, noise, mask, 1.5, 49)(x, t), expected)
+    torch.testing.assert_close(known_frames.led_by_known(denoise, noise, mask, 1., 49)(x, t), denoise(x, t))
+    how = dict(first_frames=torch.rand(1, 3, 2, 8, 12), steps=3, sampler='ddim', batch_size=2, seed=0, progress=False)
+    diffusion = tiny()
+    plain, led, other = (diffusion.sample(history_scale=scale, **how) for scale in (1., 1.0001, 3.))
+    torch.testing.assert_close(led, plain, rtol=0, atol=1e-3)
+    assert not torch.allclose(other, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize('sampler', ['ddpm', 'dpm++2m'])
+def test_a_staircase_draws_a_video(sampler):
+    diffusion = tiny(cond_dim=4)
+    how = dict(cond=torch.randn(2, 4), cond_scale=2., dynamic_guidance=5., sampler=sampler, steps=3, seed=0, progress=False)
+    together, staircase = (diffusion.sample(frame_lag=lag, **how) for lag in (0, 2))
+    assert staircase.isfinite().all() and not torch.allclose(staircase, together, atol=1e-2)
+    way = diffusion.sample(frame_lag=2, return_all=True, **how)
+    assert len(way) == 3 + 2 * (FRAMES - 1) + 1
+    assert torch.equal(way[3][:, :, 0], way[-1][:, :, 0]) and torch.equal(way[0][:, :, -1], way[8][:, :, -1])    # done; not begun
+
+
+# Longer videos
+
+def test_later_windows_know_what_was_drawn_under_a_little_noise():
+    diffusion = tiny()
+    asked, sample = [], diffusion.sample
+    diffusion.sample = lambda *args, **given: asked.append(given) or sample(*args, **given)
+    how = dict(sampler='ddim', steps=3, batch_size=2, progress=False, seed=0, overlap=2, known_noise=0.1, history_scale=1.5)
+    video = diffusion.sample_long(13, **how)
+    assert video.shape == (2, 3, 13, 8, 12)
+    assert [(a['first_frames'] is not None, a.get('known_noise'), a.get('history_scale', 1.)) for a in asked] == [
+        (False, 0., 1.), (True, 0.1, 1.5), (True, 0.1, 1.5), (True, 0.1, 1.5)]
+    for i, given in enumerate(asked[1:]):
+        assert torch.equal(given['first_frames'], video[:, :, 3 * i + 3:][:, :, :2])
+
+
+def test_captions_of_a_video_take_turns():
+    cond = [['a', 'b'], 'c', ['d', 'e', 'f']]
+    assert long_videos.by_window(cond, 6) == [['a', 'c', 'd'], ['a', 'c', 'd'], ['a', 'c', 'e'], ['b', 'c', 'e'], ['b', 'c', 'f'],
+                                              ['b', 'c', 'f']]
+    for plain in (None, 'a', ['a', 'b'], torch.zeros(2, 4)):
+        assert all(one is plain for one in long_videos.by_window(plain, 3))
+    with pytest.raises(ValueError, match='list of captions of a video is empty'):
+        long_videos.by_window([['a'], []], 3)
+
+
+def test_latents_too_are_known_by_their_level():
+    torch.manual_seed(0)
+    vae = TemporalVAE(latent_channels=2, dim=8, dim_mults=(1, 2), blocks_per_level=1, norm_groups=4)
+    inner = GaussianDiffusion(Unet3D(8, dim_mults=(1, 2), channels=2, attn_heads=1), channels=2, image_size=(8, 12), num_frames=FRAMES,
+                              latents=True, objective='v', frame_noise='independent', timesteps=50)
+    diffusion = LatentDiffusion(inner, vae, 1., num_frames=FRAMES)
+    video = torch.rand(2, 3, FRAMES, 16, 24)
+    diffusion(video).backward()
+    seen, ask = [], inner.denoise_fn.forward_with_cond_scale
+    inner.denoise_fn.forward_with_cond_scale = lambda x, t, **given: seen.append((x, t)) or ask(x, t, **given)
+    diffusion.sample(first_frames=video[:, :, :2], batch_size=2, steps=2, progress=False)
+    x, t = seen[-1]
+    torch.testing.assert_close(x[:, :, :2], diffusion.latents(video)[:, :, :2], rtol=1e-3, atol=1e-4)
+    assert (t[:, :2] == 0).all() and (t[:, 2:] > 0).all()
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(frame_lag=1), "frame_lag and known_by='level' need a model"),
+    (dict(first_frames=torch.rand(1, 3, 2, 8, 12), known_by='level'), "GaussianDiffusion(frame_noise='independent')"),
+    (dict(first_frames=torch.rand(1, 3, 2, 8, 12), known_noise=0.1), 'give known frames to a model'),
+    (dict(first_frames=torch.rand(1, 3, 2, 8, 12), history_scale=2.), 'give known frames to a model'),
+    (dict(frame_lag=-1), 'frame_lag=-1: give a whole number, 0 or more'),
+    (dict(known_noise=0.5), 'known_noise=0.5: give a number from 0 to 0.15'),
+])
+def test_levels_without_sense_get_a_sentence(given, says):
+    with pytest.raises(ValueError) as error:
+        tiny('shared').sample(batch_size=2, sampler='ddim', steps=2, progress=False, **given)
+    assert says in str(error.value)
+
+
+def test_models_that_cannot_have_it_say_so():
+    with pytest.raises(ValueError, match='known_noise and history_scale'):
+        tiny().sample(batch_size=1, steps=2, history_scale=2., progress=False)                     # nothing is known
+    with pytest.raises(ValueError, match="frame_lag=1 with known_by='guide'"):
+        tiny().sample(first_frames=torch.rand(1, 3, 2, 8, 12), known_by='guide', frame_lag=1, batch_size=1, steps=2, progress=False)
+    with pytest.raises(ValueError, match="frame_noise='all'"):
+        tiny('all')
+    with pytest.raises(ValueError, match='twice: leave out one'):
+        GaussianDiffusion(Unet3D(8, dim_mults=(1,), cond_frames=True), image_size=8, num_frames=4, prob_cond_frames=0.5,
+                          frame_noise='independent')
+    dit = DiT(16, cond_dim=4, channels=3, depth=1, dim_head=16, patch=4, text_length=3)
+    diffusion = GaussianDiffusion(dit, image_size=8, num_frames=4, frame_noise='independent', objective='v')
+    with pytest.raises(ValueError, match='needs a Unet3D'):
+        diffusion(torch.rand(2, 3, 4, 8, 8), torch.rand(2, 3, 4))
+
+
+@pytest.mark.slow
+def test_a_network_learns_to_use_what_it_is_told_by_level():
+    """Clips that stand still: to continue one is to copy it. After training the unknown frames are like the known one."""
+    torch.manual_seed(0)
+    diffusion = tiny(objective='x0')
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=5e-3)
+
+    def still(count):
+        return torch.rand(count, 3, 1, 1, 1).expand(-1, -1, FRAMES, 8, 12)
+
+    for _ in range(120):
+        diffusion(still(8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    clips = still(8)
+    how = dict(sampler='ddim', steps=8, batch_size=8, seed=0, progress=False)
+    told, untold = (diffusion.sample(first_frames=first, **how) for first in (clips[:, :, :1], None))
+    assert (told - clips).abs().mean() < 0.6 * (untold - clips).abs().mean()

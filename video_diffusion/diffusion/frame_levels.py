@@ -1,0 +1,77 @@
+"""Every frame has a noise of its own: diffusion forcing (Chen et al. 2024, arXiv 2407.01392).
+
+A network that has been trained on clips whose frames are not equally noisy (`GaussianDiffusion(frame_noise='independent')`)
+can be told what is known and what is not, for noise is what hides things: a frame at level 0 is known, one under much noise
+is to be invented, and one under a little noise is known, but not to the last pixel. What else a video model may be asked then
+differs only in the levels that its frames begin with:
+
+    0 0 . . . . . .   go on from two frames             . . . . . . . .   draw from the caption alone
+    0 . . . . . . .   from an image                     0 . . . . . . 0   fill the middle
+
+How a video is drawn is a matrix, `levels`: a row for each step of the sampler, a column for each frame, and in it the
+diffusion step (T - 1 is pure noise) that the frame has come down to; -1 is the clean frame, and a frame whose level stays
+the same is left alone. With `lag` steps between one frame and the next:
+
+    >>> levels([9, 6, 3], frames=3)                     # all together
+    >>> levels([9, 6, 3], frames=3, lag=3)              # one by one, each from those before it
+    >>> levels([9, 6, 3], frames=3, lag=1)              # a staircase: each a little ahead of the next
+
+     9  9  9        9  9  9   3  9  9        9  9  9
+     6  6  6        6  9  9  -1  9  9        6  9  9
+     3  3  3        3  9  9   ...            3  6  9
+    -1 -1 -1       -1  9  9  -1 -1  3       -1  3  6
+                   -1  6  9  -1 -1 -1       -1 -1  3
+                                            -1 -1 -1
+"""
+
+import torch
+from torch import Tensor
+
+CLEAN = -1
+LOW = 0.15                  # of all steps: known frames are trained with up to so much noise, for what a model drew is not perfect
+SILENT = 0.7                # of the clips that are told frames have no caption: the frames show it, and later windows have none
+
+
+def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
+    """The matrix (rows + 1, frames): from the first of the falling `steps` for all to the clean video in the last row."""
+    way = torch.tensor([*steps, CLEAN])
+    rows = torch.arange(len(steps) + lag * (frames - 1) + 1)
+    return way[(rows[:, None] - lag * torch.arange(frames)).clamp(0, len(steps))]
+
+
+def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
+    """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
+
+    Of 20 clips 9 have one step for all frames, so that a video can be drawn from its caption alone, and 9 are told some frames, at
+    step 0 or slightly noisy, and have the others at one step. In 2 each frame has a step that has nothing to do with those
+    of the others, which is what a staircase needs, and any other matrix.
+    """
+    where = dict(device=t.device, generator=generator)
+    kind, low = torch.rand((2, len(t), 1), **where)
+    told = (0.45 <= kind) & (kind < 0.9) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25)
+    known = ((2 * low - 1).clamp(min=0) * LOW * timesteps).long()                       # half of them 0
+    own = torch.randint(0, timesteps, (len(t), frames), **where)
+    return torch.where(kind >= 0.9, own, torch.where(told, known, t[:, None]))
+
+
+def null_share(t: Tensor, share: float) -> Tensor:
+    """How often to drop the captions of clips with these steps (b), where it is this share of those with one for all frames."""
+    return torch.where(levels_differ(t), max(SILENT, share), share)
+
+
+def levels_differ(t: Tensor) -> Tensor:
+    """Of steps (b) or (b f): whether the frames of a clip have several (b)."""
+    t = t.view(len(t), -1)
+    return (t != t[:, :1]).any(dim=1)
+
+
+def draw_mask(
+    count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None, end_too: float = 0.5,
+) -> Tensor:
+    """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well."""
+    where = dict(device=device, generator=generator)
+    frame = torch.arange(frames, device=device)
+    length = torch.randint(1, max(2, frames), (count, 1), **where)           # all but one at the most
+    any_known, end = (torch.rand((count, 1), **where) < share for share in (prob, end_too))
+    end = end & (length < frames - 1)                                        # something is left to invent
+    return any_known & ((frame < length) | (end & (frame == frames - 1)))

@@ -1,0 +1,59 @@
+"""Longer videos than a model draws: window after window, each beginning with the last frames of the one before.
+
+    known   x x . . . . . .                                                        diffusion.sample_long(14, cond)
+                        x x . . . . . .
+
+The network never sees more than one window, so memory does not grow, and a video may go on for as long as one likes. What the
+model itself has drawn is nearly right, and nearly is passed on from window to window: where frames have noise of their own
+(frame_levels.py), those of a window before are shown under a little of it, `known_noise`, as in training.
+
+A video may be told what happens first, and then: of a list of captions each holds for its share of the windows.
+"""
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import number
+from .sampling import Sampling
+
+
+def window_by_window(
+    diffusion, num_frames: int, cond: Tensor | Sequence | None, batch_size: int, settings: Sampling, negative, *,
+    overlap: int | None, later_cond_scale: float | None, first_frames: Tensor | None, seed: int | None, progress: bool,
+) -> Tensor:
+    """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long."""
+    window = diffusion.num_frames
+    overlap = max(1, window // 2) if overlap is None else overlap
+    if not 1 <= overlap < window <= num_frames:
+        raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
+                         f'{window} frames or more and an overlap of 1 to {window - 1}')
+    number('later_cond_scale', later_cond_scale)
+    later = settings.later(later_cond_scale)
+    later_negative = negative if later.cond_scale not in (0, 1) else None
+    later.check(diffusion.num_timesteps, has_cond=cond is not None, negative=later_negative is not None, has_known=True,
+                frame_noise=diffusion.frame_noise)
+    conds = by_window(cond, windows=1 + math.ceil((num_frames - window) / (window - overlap)))
+    untold = dict(known_by=None, frame_guidance=None, history_scale=1.) if first_frames is None else {}
+    first = {**settings.changed(), 'known_noise': 0., **untold}  # frames that are given are right
+    parts = [diffusion.sample(conds[0], batch_size=batch_size, first_frames=first_frames, seed=seed, negative=negative,
+                              progress=progress, **first).cpu()]
+    for cond in conds[1:]:
+        seed = None if seed is None else seed + 1_000_003        # far from the seeds of other batches
+        last = torch.cat(parts[-overlap:], dim=2)[:, :, -overlap:]
+        following = diffusion.sample(cond, batch_size=len(last), first_frames=last, seed=seed, negative=later_negative,
+                                     progress=progress, **later.changed()).cpu()
+        parts.append(following[:, :, overlap:])
+    return torch.cat(parts, dim=2)[:, :, :num_frames]
+
+
+def by_window(cond: Tensor | Sequence | None, windows: int) -> list:
+    """The cond of each window. For a video it may be a list: what happens first, then next, for equally long."""
+    if cond is None or isinstance(cond, (Tensor, str)) or all(isinstance(one, str) for one in cond):
+        return [cond] * windows
+    cond = [[one] if isinstance(one, str) else list(one) for one in cond]
+    if not all(cond):
+        raise ValueError('the list of captions of a video is empty: give one caption or more for each')
+    return [[captions[i * len(captions) // windows] for captions in cond] for i in range(windows)]
