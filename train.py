@@ -48,6 +48,8 @@ from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
 from video_diffusion.networks.text import word_rows
 from video_diffusion.training.finetune import ADAM, begin_with, caches, recipe
+from video_diffusion.training.memory import estimate
+from video_diffusion.training.precision import be_deterministic
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.training.vae_trainer import start_from
@@ -150,6 +152,7 @@ FLAGS = {
         Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
         Flag('--max-grad-norm', float, 1., 'gradients are clipped at this norm'),
         Flag('--amp', bool, False, 'bf16 or fp16 where the hardware has it'),
+        Flag('--deterministic', bool, False, 'the same numbers in every run on a GPU, by slower kernels; on a CPU they are anyway'),
         Flag('--compile', bool, False, 'let torch.compile fuse the network: pays in long runs on a GPU', D),
         Flag('--checkpoint-activations', bool, False, 'compute every block again in the backward pass: less memory', D),
     ],
@@ -184,6 +187,8 @@ FLAGS = {
 def main() -> None:
     args, given = parse(__doc__, FLAGS, DEFAULTS)
     refuse_idle_flags(args, given)
+    if args.deterministic:
+        be_deterministic()
     number('timeout', args.timeout, 0, 86400, above=0)
     processes = distributed.init(timedelta(seconds=args.timeout), args.device, args.context_parallel)
     processes.agree(vars(args))
@@ -325,6 +330,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
+    choose_batch(args, given, diffusion, processes)
     return trainer_of(args, diffusion, folder, processes, noise_bias=(2. if captioned else 1.) if args.noise_bias is None else
                       args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
 
@@ -376,6 +382,19 @@ def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | 
                    text_length=longest, **how)
     return Unet3D(args.dim, dim_mults=tuple(args.dim_mults), attn_heads=args.attn_heads, attn_dim_head=args.attn_dim_head,
                   use_sparse_linear_attn=args.linear_attention, **how)
+
+
+def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:
+    """Say what a step needs. A GPU that has no room for the default batch gets a part of it, and as many more passes in a step."""
+    need, asked = estimate(diffusion, muon=bool(args.muon_lr)), args.batch_size
+    if processes.device.type == 'cuda' and 'batch_size' not in given:
+        room = torch.cuda.mem_get_info(processes.device)[0]
+        while processes.any(args.batch_size > need.fitting(args.batch_size, room)):        # of all GPUs the one with least room
+            args.batch_size //= 2
+        if 'accumulate' not in given:
+            args.accumulate = asked // args.batch_size
+    if processes.is_main:
+        print(need.words(args.batch_size))
 
 
 def vae_folder(path: str) -> Path:
