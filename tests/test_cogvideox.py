@@ -240,7 +240,7 @@ def script(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     written = {}
     monkeypatch.setattr('video_diffusion.data.folder.write_clip',
-                        lambda video, path, fps: written.update({f'{Path(path).name} {fps:g}': video}))
+                        lambda video, path, fps, scale=1: written.update({f'{Path(path).name} {fps:g}': video}))
 
     def run(*args):
         written.clear()

@@ -6,6 +6,7 @@ import gc
 import os
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -165,6 +166,21 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(run, folder, clips, t
     assert_same_state(checkpoint.load_run('parts'), checkpoint.load_run('whole'))
 
 
+@pytest.mark.slow
+def test_two_processes_that_share_the_weights_train_like_one(run, folder, clips):
+    path = folder('sincos')
+    common = [str(flag) for flag in (clips, '--model', path, *SMALL, '--held-out', 2, '--lr', 1e-3)]
+    assert run('train.py', *common, '--results', 'one')[0] == 0
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29633', str(ROOT / 'train.py'),
+                    *common, '--results', 'two', '--batch-size', '1', '--shard'], check=True, timeout=200)
+    one, two = checkpoint.load_run('one'), checkpoint.load_run('two')
+    assert_same_state(two['model'], one['model'], tolerance=1e-5)
+    with open('one/log.csv') as a, open('two/log.csv') as b:
+        for ours, theirs in zip(csv.DictReader(a), csv.DictReader(b), strict=True):
+            for name in ('loss', *COLUMNS):
+                assert float(ours[name] or 0) == pytest.approx(float(theirs[name] or 0), rel=1e-4)
+
+
 def test_t5_is_asked_once_for_each_caption_and_then_leaves_the_memory(run, folder, clips, monkeypatch):
     alive, asked = [], []
     tokens, learn = T5Encoder.tokens, Trainer.learn
@@ -225,6 +241,7 @@ def test_one_clip_is_learnt_by_heart(folder, tmp_path):
     (('--image-size', 17), 'image_size=(17, 17): give multiples of 8 as height and width'),
     (('--lora', 0), 'rank=0: give 1 or more'),
     (('--lora-alpha', 2), '--lora-alpha: it is the strength of adapters, so give --lora too'),
+    (('--lora', 2, '--lora-alpha', 0), 'lora_alpha=0.0: give a number above 0'),
     (('--dim', 8), '--dim has no meaning with --model, which knows that itself'),
     (('--known-frames', 0.5), '--known-frames has no meaning with --model'),
     (('--held-out', 5), 'cannot hold out 5 of 5 clips'),

@@ -287,6 +287,8 @@ def test_levels_without_sense_get_a_sentence(given, says):
 def test_models_that_cannot_have_it_say_so():
     with pytest.raises(ValueError, match='known_noise and history_scale'):
         tiny().sample(batch_size=1, steps=2, history_scale=2., progress=False)                     # nothing is known
+    with pytest.raises(ValueError, match="frame_lag=1 with known_by='guide'"):
+        tiny().sample(first_frames=torch.rand(1, 3, 2, 8, 12), known_by='guide', frame_lag=1, batch_size=1, steps=2, progress=False)
     with pytest.raises(ValueError, match="frame_noise='all'"):
         tiny('all')
     with pytest.raises(ValueError, match='twice: leave out one'):

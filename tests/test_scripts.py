@@ -176,6 +176,27 @@ def test_schedules_samplers_and_guidance_by_flags(run, clips):
     assert len(set(pictures)) == 4
 
 
+def test_a_transformer_instead_of_the_unet_in_pixels_and_in_latents(run, clips):
+    small = ['--network', 'dit', '--dim', 16, '--attn-dim-head', 16, '--depth', 1, *SMALL[5:]]
+    long = Path(shutil.copytree(clips, 'long'))
+    sorted(long.glob('*.txt'))[0].write_text('one two three four five six seven eight nine ten')
+    code, out, err = run('train.py', 'long', *small)
+    assert code == 0 and '2 frames of 20x20' in out, err                          # 3 are no multiple of --frame-patch 2
+    config = checkpoint.load_run('results')['config']['dit']
+    assert (config['text_length'], config['patch'], config['frame_patch']) == (10, 4, 2)
+    assert run('sample.py', 'results', '--prompt', 'a red circle moving left', '--device', 'cpu')[0] == 0
+    assert run('train.py', clips, '--stage', 'vae', *SMALL[:9], '--image-steps', 0, '--device', 'cpu')[0] == 0
+    code, out, err = run('train.py', clips, *small, '--vae', 'results_vae', '--patch', 2, '--held-out', 2, '--known-frames', 0.5, '--results', 'latent')
+    state = checkpoint.load_run('latent')['config']
+    assert code == 0 and state['diffusion']['num_frames'] == 4 and state['latent']['num_frames'] == 3, err     # the first is there twice
+    assert run('sample.py', 'latent', '--prompt', 'a red circle moving left', '--tile', 16, '--offload', '--device', 'cpu')[0] == 0
+    for flags, says in ((('--network', 'dit', '--dim-mults', 1), '--dim-mults has no meaning with --network dit'),
+                        (('--network', 'dit', '--focus-present', 0.5), '--focus-present has no meaning with --network dit'),
+                        (('--depth', 3), '--depth has no meaning with --network unet')):
+        code, _, err = run('train.py', clips, '--device', 'cpu', *flags)
+        assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
+
+
 @pytest.mark.parametrize('args, sentence', [
     (['nowhere'], 'there is no folder nowhere'),
     (['empty'], 'no clip in empty: looked for files ending in .gif'),

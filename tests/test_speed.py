@@ -8,6 +8,8 @@ from bench_unet import saved_bytes
 from torch._dynamo.testing import CompileCounter
 
 from video_diffusion import Unet3D
+from video_diffusion.networks import recompute
+from video_diffusion.networks.unet3d import BLOCKS
 
 SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
 FLAVOURS = {
@@ -40,13 +42,25 @@ def output_and_gradients(unet, config, dtype):
     return [y.detach(), x.grad] + [p.grad for p in unet.parameters() if p.grad is not None]
 
 
+def as_if_large(unet, monkeypatch):
+    """A network that takes slices of a few numbers and keeps as little as with large clips."""
+    monkeypatch.setattr(recompute, 'SLICE', 200)
+    for block in unet.modules():
+        if isinstance(block, BLOCKS):
+            block.little = 0
+    return unet
+
+
+@pytest.mark.parametrize('way', ['large clips', 'checkpoint_activations'])
 @pytest.mark.parametrize('flavour', FLAVOURS)
-def test_recomputed_activations_change_no_output_and_no_gradient(flavour):
+def test_recomputed_activations_change_no_output_and_no_gradient(flavour, way, monkeypatch):
     config = {**SMALL, **FLAVOURS[flavour]}
     torch.manual_seed(0)
     plain = Unet3D(**config)
-    lean = Unet3D(**config, checkpoint_activations=True)
+    lean = Unet3D(**config, checkpoint_activations=way == 'checkpoint_activations')
     lean.load_state_dict(plain.state_dict())
+    if way == 'large clips':
+        as_if_large(lean, monkeypatch)
     x, time, given = inputs(config)
     saved = [saved_bytes(unet, lambda: unet(x, time, **given)) for unet in (plain, lean)]
     assert saved[1] < 0.5 * saved[0]
@@ -56,7 +70,39 @@ def test_recomputed_activations_change_no_output_and_no_gradient(flavour):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         x, time, given = inputs(config, torch.float64)
-        assert torch.equal(lean(x, time, **given), plain(x, time, **given))
+        torch.testing.assert_close(lean(x, time, **given), plain(x, time, **given), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('who_learns', ['the clip', 'one layer'])
+def test_slices_give_gradients_to_whoever_wants_them(who_learns, monkeypatch):
+    """Guidance asks for that of the clip only, adapters for those of a few weights."""
+    torch.manual_seed(0)
+    plain = Unet3D(**SMALL).double().requires_grad_(False)
+    if who_learns == 'one layer':
+        plain.downs[0].temporal_attention.to_out.requires_grad_()
+    results = []
+    for unet in (plain, as_if_large(copy.deepcopy(plain), monkeypatch)):
+        x, time, given = inputs(SMALL, torch.float64)
+        x.requires_grad_(who_learns == 'the clip')
+        unet(x, time, **given).square().sum().backward()
+        grads = {name: p.grad for name, p in [('x', x), *unet.named_parameters()] if p.grad is not None}
+        assert list(grads) == (['x'] if who_learns == 'the clip' else ['downs.0.temporal_attention.to_out.weight'])
+        results.append(grads)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_slices_are_computed_again_at_the_precision_of_the_first_time(monkeypatch):
+    torch.manual_seed(0)
+    plain = Unet3D(**SMALL)
+    lean = as_if_large(copy.deepcopy(plain), monkeypatch)
+    results = []
+    for unet in (plain, lean):
+        with torch.autocast('cpu', torch.bfloat16):
+            x, time, given = inputs(SMALL)
+            loss = unet(x, time, **given).float().square().mean()
+        loss.backward()                                             # where there is no autocast any more
+        results.append(unet.init_temporal_attention.to_out.weight.grad)
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02 * results[0].abs().max().item())
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Run: pytest tests/test_transformer.py
 import pytest
 import torch
 from einops import rearrange, repeat
+from rotary_embedding_torch import RotaryEmbedding
 
 from video_diffusion.networks.attention import (
     CrossAttention,
@@ -14,6 +15,8 @@ from video_diffusion.networks.attention import (
     SpatialLinearAttention,
     SpatialSelfAttention,
     attend,
+    rotate,
+    rotations,
 )
 from video_diffusion.networks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
@@ -131,6 +134,27 @@ def test_attend_is_softmax_attention():
     torch.testing.assert_close(attend(q, k, v), logits.softmax(-1) @ v)
     torch.testing.assert_close(attend(q, k, v, bias), (logits + bias).softmax(-1) @ v)
     torch.testing.assert_close(attend(q, k, v, mask), v)
+
+
+def test_attend_with_a_bias_has_head_room_in_fp16():
+    """A product of 40 * 40 * 64 is beyond 65,504; what remains of it after scaling is not."""
+    q = torch.full((1, 3, 64), 40., dtype=torch.float16)
+    assert attend(q, q, q, torch.zeros(3, 3, dtype=torch.float16)).isfinite().all()
+
+
+@pytest.mark.parametrize('dim_head', [8, 40])
+def test_rotary_turns_pairs_like_complex_numbers(dim_head):
+    """Also where the rotary has fewer pairs than a head: 16."""
+    torch.manual_seed(0)
+    rotary = RotaryEmbedding(min(32, dim_head))
+    x = torch.randn(7, 2 * dim_head)                                                # rows, heads*d
+    turned = rotate(x, rotations(5, rotary, dim_head))                              # f rows heads*d
+    angle = torch.arange(5)[:, None] * rotary.freqs
+    angle = torch.nn.functional.pad(angle, (0, dim_head // 2 - angle.shape[1]))
+    pairs = torch.view_as_complex(x.view(1, 7, 2, -1, 2)) * torch.polar(torch.ones_like(angle), angle)[:, None, None]
+    torch.testing.assert_close(turned, torch.view_as_real(pairs).flatten(-3), rtol=1e-6, atol=1e-6)
+    in_peer = rotary.rotate_queries_or_keys(x.view(7, 2, 1, dim_head).expand(-1, -1, 5, -1))     # rows heads f d
+    torch.testing.assert_close(turned, rearrange(in_peer, 'n heads f d -> f n (heads d)'), rtol=1e-5, atol=1e-5)
 
 
 def test_self_attention_of_an_image_equals_diffusers():

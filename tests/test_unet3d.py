@@ -114,9 +114,9 @@ def test_each_frame_is_told_its_own_step_and_no_other():
     emb = torch.randn(2, 5, 64).double()
     block = unet.downs[0].block1.block1
     narrow = unet.init_conv(x)
-    together = block(narrow, unet.downs[0].block1.to_scale_shift(emb))
+    together = block.activate(block.conv(narrow), unet.downs[0].block1.to_scale_shift(emb))
     for frame in range(5):
-        alone = block(narrow, unet.downs[0].block1.to_scale_shift(emb[:, frame:frame + 1]))
+        alone = block.activate(block.conv(narrow), unet.downs[0].block1.to_scale_shift(emb[:, frame:frame + 1]))
         torch.testing.assert_close(together[:, :, frame], alone[:, :, frame])
     other = steps.clone()
     other[1, 3] += 100

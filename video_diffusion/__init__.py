@@ -18,7 +18,7 @@ from .data.folder import ClipFolder
 from .data.gif import gif_to_tensor, video_tensor_to_gif
 from .data.mp4 import video_tensor_to_mp4, video_to_tensor
 from .data.show import show
-from .diffusion import samplers
+from .diffusion import frame_levels, samplers
 from .diffusion.gaussian_diffusion import GaussianDiffusion
 from .diffusion.latent import LatentDiffusion, diffusion_from_checkpoint, latent_shape
 from .networks.dit import DiT
@@ -39,7 +39,7 @@ from .vae.vae_loss import PerceptualLoss
 __all__ = [
     'BertEncoder', 'CausalVAE', 'ClipFolder', 'DiT', 'EMA', 'GaussianDiffusion', 'GifDataset', 'LatentDiffusion', 'PerceptualLoss',
     'SpatialTransformer', 'T5Encoder', 'TemporalVAE', 'Trainer', 'Unet3D', 'VAETrainer', 'WordEncoder',
-    'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'gif_to_tensor', 'latent_shape', 'load_lora',
-    'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'show', 'unmerge_lora',
+    'add_lora', 'checkpoint', 'diffusion_from_checkpoint', 'distributed', 'frame_levels', 'gif_to_tensor', 'latent_shape',
+    'load_lora', 'lr_schedule', 'merge_lora', 'remove_lora', 'samplers', 'scale_lora', 'shapes', 'show', 'unmerge_lora',
     'vae_from_checkpoint', 'video_tensor_to_gif', 'video_tensor_to_mp4', 'video_to_tensor',
 ]

@@ -74,6 +74,9 @@ class Sampling:
         if frame_noise == 'shared' and (self.frame_lag or self.known_by == 'level'):
             raise ValueError("frame_lag and known_by='level' need a model whose frames have noise of their own: "
                              "GaussianDiffusion(frame_noise='independent')")
+        if self.frame_lag and self.known_by not in (None, 'level'):
+            raise ValueError(f"frame_lag={self.frame_lag} with known_by={self.known_by!r}: frames of different noise are known "
+                             "by their level; leave known_by out")
         by_level = has_known and frame_noise == 'independent' and self.known_by in (None, 'level')
         if not by_level and (self.known_noise or self.history_scale != 1):
             raise ValueError("known_noise and history_scale say how frames are known by their level: give known frames to a model "

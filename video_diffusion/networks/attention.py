@@ -31,6 +31,8 @@ from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
+from .recompute import LITTLE, in_slices
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, the only one in the library: q, k, v (..., heads, n, d).
@@ -40,8 +42,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if bias is None or bias.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    logits = torch.add(bias, q @ k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)  # scales n x n numbers, not n x d
-    return logits.softmax(dim=-1) @ v
+    q = q * q.shape[-1] ** -0.5                                     # before the product, whose sums fp16 could not hold
+    return (q @ k.transpose(-1, -2) + bias).softmax(dim=-1) @ v
 
 
 class ChannelNorm(nn.Module):
@@ -81,27 +83,31 @@ class RelativePositionBias(nn.Module):
         return rearrange(bias, 'i j heads -> heads i j')
 
 
-def rotations(frames: int, rotary: RotaryEmbedding, dim_head: int) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) as complex numbers, (f, dim_head / 2).
+def rotations(frames: int, rotary: RotaryEmbedding, dim_head: int) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (arXiv 2104.09864) as tables of cosines and of sines, (f, dim_head) each.
 
-    Features are taken in pairs, as the real and imaginary part of one number. Pair j of frame i is turned by
-    the angle i * frequency_j, which is a multiplication by exp(1j * angle). Pairs beyond the rotary's own
-    stay as they are.
+    Features are taken in pairs, as points of a plane. Pair j of frame i is turned by the angle i * frequency_j, from
+    (x, y) to (x cos - y sin, y cos + x sin); signs are in the table. Pairs beyond the rotary's own stay as they are.
     """
     position = torch.arange(frames, device=rotary.freqs.device)
     angle = F.pad(position[:, None] * rotary.freqs.float(), (0, dim_head // 2 - len(rotary.freqs)))
-    return torch.polar(torch.ones_like(angle), angle)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cos, cos), dim=-1).flatten(-2), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x (b f n heads*d) with every head's pairs turned by `turn` (f, d / 2)."""
-    pairs = x.float().unflatten(-1, (-1, turn.shape[-1], 2))  # (b f n heads pairs 2)
-    turned = torch.view_as_complex(pairs) * turn[:, None, None, :]
-    return torch.view_as_real(turned).flatten(-3).to(x.dtype)
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """x (... n heads*d) -> (... f n heads*d), each head's pairs turned as for every frame, by tables (f d)."""
+    cos, sin = (table[:, None, None, :] for table in turn)                      # f 1 1 d
+    x = x.unflatten(-1, (-1, cos.shape[-1])).unsqueeze(-4)                      # ... 1 n heads d
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    swapped = torch.stack((second, first), dim=-1).flatten(-2)
+    return (x * cos + swapped * sin).flatten(-2).to(x.dtype)
 
 
 class TemporalAttention(nn.Module):
     """Each pixel position attends to itself in every frame."""
+
+    little = LITTLE
 
     def __init__(self, dim: int, heads: int, dim_head: int, rotary: RotaryEmbedding):
         super().__init__()
@@ -112,26 +118,35 @@ class TemporalAttention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor, frames_alone: bool = False) -> Tensor:
-        """x (b c f h w); bias (heads f f), or (b 1 heads f f) where samples differ.
+    def forward(self, x: Tensor, bias: Tensor, turn: tuple[Tensor, Tensor], frames_alone: bool = False) -> Tensor:
+        """x (b c f h w); bias (heads f f), or (b 1 heads f f) where samples differ; turn: the tables of `rotations`.
 
         `frames_alone`: no frame sees another. Attention to oneself only is the value, whatever the weights.
         """
-        f, h = x.shape[2:4]
-        residual = x = rearrange(x, 'b c f h w -> b f (h w) c')
-        size = self.heads * self.dim_head
-        if frames_alone and type(self.to_qkv) is nn.Linear:
-            out = F.linear(self.norm(x), self.to_qkv.weight[2 * size:])              # a third of the rows, a third of the time
-        elif frames_alone:
-            out = self.to_qkv(self.norm(x))[..., 2 * size:]                          # of a LoRALinear the weight is not all
+        h, width = x.shape[3], self.to_qkv.out_features
+        x = rearrange(x, 'b c f h w -> b f (h w) c')
+        qk, v = whole_weight(self.to_qkv).t().split((width // 3 * 2, width // 3), dim=-1)            # c heads*d
+        if frames_alone:
+            x = in_slices(self.look_at_oneself, x, 2, width, v)
         else:
-            qk, v = self.to_qkv(self.norm(x)).split((2 * size, size), dim=-1)
-            qk = rotate(qk, rotations(f, self.rotary, self.dim_head))
-            q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
-            v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
-            out = rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)')
-        x = residual + self.to_out(out)
+            x = in_slices(self.look_along_time, x, 2, width, rotate(qk, turn), v, bias)
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
+
+    def look_along_time(self, x: Tensor, to_qk: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
+        """To turn what a weight makes of any input is to turn the weight, once for each frame: to_qk (f c 2*heads*d)."""
+        rows = self.norm(x)
+        qk = torch.einsum('b f n c, f c o -> b f n o', rows, to_qk)
+        q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
+        v = rearrange(rows @ to_v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
+        return x + self.to_out(rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)'))
+
+    def look_at_oneself(self, x: Tensor, to_v: Tensor) -> Tensor:
+        return x + self.to_out(self.norm(x) @ to_v)
+
+
+def whole_weight(layer: nn.Linear) -> Tensor:
+    """What a layer multiplies its input with: of one that has an adapter beside it (lora.py), more than its `weight`."""
+    return layer.whole_weight() if hasattr(layer, 'whole_weight') else layer.weight
 
 
 def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, core=attend) -> Tensor:
@@ -143,18 +158,23 @@ def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, 
 class SpatialAttention(nn.Module):
     """The pixels of a frame attend to one another."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int = 32):
+    little = LITTLE
+    core = staticmethod(attend)
+
+    def __init__(self, dim: int, heads: int, dim_head: int = 32, bias: bool = False):
         super().__init__()
         self.heads = heads
         self.norm = ChannelNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        x = x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads)
+        x = in_slices(self.look_around, rearrange(x, 'b c f h w -> (b f) (h w) c'), 0, self.to_qkv.out_features)
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
+
+    def look_around(self, x: Tensor) -> Tensor:
+        return x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads, self.core)
 
 
 class SpatialSelfAttention(nn.Module):
@@ -194,6 +214,8 @@ class CrossAttention(nn.Module):
 class TextAttention(nn.Module):
     """All pixels of a clip look at the tokens of its caption: b c f h w. A new one changes nothing."""
 
+    little = LITTLE
+
     def __init__(self, dim: int, heads: int, token_dim: int, dim_head: int = 32):
         super().__init__()
         self.norm = ChannelNorm(dim)
@@ -205,8 +227,11 @@ class TextAttention(nn.Module):
         """tokens (b m token_dim), mask (b m): see CrossAttention."""
         f, h = x.shape[2:4]
         x = rearrange(x, 'b c f h w -> b (f h w) c')
-        x = x + self.attention(self.norm(x), tokens, mask)
+        x = in_slices(self.look_at_text, x, 1, self.attention.to_q.out_features, tokens, mask)
         return rearrange(x, 'b (f h w) c -> b c f h w', f=f, h=h)
+
+    def look_at_text(self, x: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x), tokens, mask)
 
 
 def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -233,18 +258,10 @@ class LinearAttention(nn.Module):
         return self_attention(x, self.to_qkv, self.to_out, self.heads, attend_linearly)
 
 
-class SpatialLinearAttention(nn.Module):
+class SpatialLinearAttention(SpatialAttention):
     """The pixels of a frame attend to one another at a cost linear in their number."""
 
-    def __init__(self, dim: int, heads: int, dim_head: int = 32):
-        super().__init__()
-        self.heads = heads
-        self.norm = ChannelNorm(dim)
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
+    core = staticmethod(attend_linearly)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, h = x.shape[0], x.shape[3]
-        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        x = x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads, attend_linearly)
-        return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
+    def __init__(self, dim: int, heads: int, dim_head: int = 32):
+        super().__init__(dim, heads, dim_head, bias=True)

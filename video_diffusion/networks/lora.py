@@ -55,6 +55,12 @@ class LoRALinear(nn.Linear):
         thin = F.linear(x, self.lora_A.to(x.dtype)) * self.scale                     # ... rank
         return y + F.linear(thin, self.lora_B.to(x.dtype))
 
+    def whole_weight(self) -> Tensor:
+        """What multiplies x, for attention that works on weights."""
+        if self.unmerged is not None:
+            return self.weight
+        return self.weight + (self.scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
     @torch.no_grad()
     def merge(self) -> None:
         if self.unmerged is None:

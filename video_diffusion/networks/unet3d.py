@@ -28,15 +28,21 @@ import torch
 import torch.nn.functional as F
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import one_of, whole
-from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention
+from .attention import (
+    RelativePositionBias,
+    SpatialAttention,
+    SpatialLinearAttention,
+    TemporalAttention,
+    TextAttention,
+    rotations,
+)
+from .recompute import recompute
 from .text import masked_mean
 from .unet_blocks import FrameConv, FrameConvTranspose, ResnetBlock, SinusoidalEmbedding
 
 BERT_DIM = 768
-
 
 BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention  # all Levels are made of
 
@@ -53,13 +59,14 @@ class Level(nn.Module):
         self.temporal_attention = temporal
         self.text_attention = text
 
-    def forward(self, x: Tensor, emb: Tensor, bias: Tensor, frames_alone: bool, text: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = self.block1(x, emb)
+    def forward(self, x: Tensor, emb: Tensor, along_time: tuple, text: tuple[Tensor, Tensor] | None,
+                skip: Tensor | None = None) -> Tensor:
+        x = self.block1(x, emb, skip)
         x = self.block2(x, emb)
         x = self.spatial_attention(x)
         if text is not None:
             x = self.text_attention(x, *text)
-        return self.temporal_attention(x, bias, frames_alone)
+        return self.temporal_attention(x, *along_time)
 
 
 class Unet3D(nn.Module):
@@ -146,12 +153,13 @@ class Unet3D(nn.Module):
             self.to_tokens = nn.Sequential(nn.LayerNorm(self.cond_dim), nn.Linear(self.cond_dim, time_dim))
             self.null_token = nn.Parameter(torch.randn(1, 1, time_dim))   # always there, so that there is one to look at
 
-        # Autograd keeps what happens inside a block until its backward pass: in attention that is twenty times its input.
-        # Checkpointing (arXiv 1604.06174) keeps the input only. No block draws anything, so there is no RNG to restore.
+        # What is computed again, and what by default: see recompute.py. Now small attention layers too, and convolutions.
         if checkpoint_activations:
             for block in self.modules():
-                if isinstance(block, BLOCKS):
-                    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                if isinstance(block, ResnetBlock):
+                    block.forward, block.little = partial(recompute, block.forward), math.inf    # once is enough
+                elif isinstance(block, BLOCKS):
+                    block.little = 0
 
     def forward(
         self,
@@ -172,11 +180,13 @@ class Unet3D(nn.Module):
         elif known is not None:
             raise ValueError('known frames were given, but this model was built without cond_frames=True')
         bias, frames_alone = self.temporal_bias(b, f, focus_present_mask, prob_focus_present)
+        turn = rotations(f, self.init_temporal_attention.rotary, self.init_temporal_attention.dim_head)
+        along_time = bias, turn, frames_alone
 
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
-        x = self.init_temporal_attention(x, self.time_bias(f))
+        x = self.init_temporal_attention(x, self.time_bias(f), turn)
         first = x
 
         emb, text = self.time_mlp(time.view(b, -1)), None    # (b 1 n) or (b f n)
@@ -190,7 +200,7 @@ class Unet3D(nn.Module):
 
         skips = []
         for level, downsample in zip(self.downs, self.downsamples):
-            x = level(x, emb, bias, frames_alone, text)
+            x = level(x, emb, along_time, text)
             skips.append(x)
             x = downsample(x)
 
@@ -198,14 +208,14 @@ class Unet3D(nn.Module):
         x = self.mid_spatial_attention(x)
         if text is not None:
             x = self.mid_text_attention(x, *text)
-        x = self.mid_temporal_attention(x, bias, frames_alone)
+        x = self.mid_temporal_attention(x, *along_time)
         x = self.mid_block2(x, emb)
 
         for level, upsample in zip(self.ups, self.upsamples):
-            x = level(torch.cat((x, skips.pop()), dim=1), emb, bias, frames_alone, text)
+            x = level(x, emb, along_time, text, skips.pop())
             x = upsample(x)
 
-        x = self.final_block(torch.cat((x, first), dim=1))
+        x = self.final_block(x, None, first)
         return self.final_conv(x)
 
     def forward_with_cond_scale(

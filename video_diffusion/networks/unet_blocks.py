@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .recompute import LITTLE, on_cpu, plainly, recompute
+
 
 class SinusoidalEmbedding(nn.Module):
     """A number as sines and cosines of geometrically spaced frequencies, from 1 down to 1 / 10000."""
@@ -54,22 +56,36 @@ class Block(nn.Module):
         self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
         self.norm = nn.GroupNorm(groups, dim_out)
 
-    def forward(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
-        """x (b c f h w), scale_shift (b 1 c) or (b f c), where c is twice dim_out."""
-        x = self.conv(x)
-        if scale_shift is None:
+    def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
+        """All but the convolution: x (b c f h w), scale_shift (b 1 2c) or (b f 2c)."""
+        if scale_shift is None and on_cpu(x):
             return F.silu(self.norm(x))
-        # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
-        scale, shift = scale_shift.chunk(2, dim=-1)
-        gain = self.norm.weight * (scale + 1)
-        bias = self.norm.bias * (scale + 1) + shift
-        x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
-        gain, bias = (rearrange(values, 'b f c -> b c f 1 1') for values in (gain, bias))
-        return F.silu(torch.addcmul(bias, x, gain))
+        gain, bias = self.norm.weight[None, None], self.norm.bias[None, None]          # 1 1 c
+        if scale_shift is not None:
+            # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
+            scale, shift = scale_shift.chunk(2, dim=-1)
+            gain, bias = gain * (scale + 1), bias * (scale + 1) + shift
+        return F.silu(self.normed(x, *(rearrange(values, 'b f c -> b c f 1 1') for values in (gain, bias))))
+
+    def normed(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """x (b c f h w) with its groups normalised, times gain, plus bias (b c f 1 1), in the layout that x has.
+
+        A CPU's group norm knows channels-last. That of a GPU would copy x into another layout, and the next convolution back.
+        """
+        groups, eps = self.norm.num_groups, self.norm.eps
+        if on_cpu(x):
+            return torch.addcmul(bias, F.group_norm(x, groups, eps=eps), gain)
+        width = torch.promote_types(x.dtype, torch.float32)                  # half precision is too short for such a sum
+        var, mean = torch.var_mean(x.to(width).unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0, keepdim=True)
+        rstd, mean = (each.repeat_interleave(x.shape[1] // groups, dim=1)[:, :, 0] for each in ((var + eps).rsqrt(), mean))
+        gain = gain * rstd                                                   # b c f 1 1
+        return torch.addcmul(bias - mean * gain, x, gain).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):
     """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
+
+    little = LITTLE
 
     def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
         super().__init__()
@@ -78,8 +94,17 @@ class ResnetBlock(nn.Module):
         self.block2 = Block(dim_out, dim_out, groups)
         self.shortcut = FrameConv(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        """`skip`: more channels of the input, from the other side of the U."""
         scale_shift = self.to_scale_shift(F.silu(emb)) if self.to_scale_shift else None
-        h = self.block1(x, scale_shift)
-        h = self.block2(h)
-        return h + self.shortcut(x)
+        call = recompute if 8 * x.numel() >= self.little else plainly           # eight tensors would be kept
+        shortcut, h = self.read(x) if skip is None else call(self.read, x, skip)
+        h = call(self.between, h, scale_shift)
+        return call(self.block2.activate, h) + shortcut
+
+    def read(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self.shortcut(x), self.block1.conv(x)
+
+    def between(self, h: Tensor, scale_shift: Tensor | None) -> Tensor:
+        return self.block2.conv(self.block1.activate(h, scale_shift))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import number
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent import LatentDiffusion
 from ..networks.dit import DiT
@@ -53,6 +54,7 @@ def begin_with(diffusion: GaussianDiffusion | LatentDiffusion, device: torch.dev
     """Make a trained model ready to learn: with a `rank` adapters beside its weights, else all of them. `recompute`: blocks, in
     the backward pass, which keep twenty times less."""
     network = diffusion.denoise_fn
+    number('lora_alpha', alpha, above=0)
     if recompute:
         if not isinstance(network, DiT):
             raise ValueError(f'--checkpoint-activations: a trained {type(network).__name__} says itself whether it does so')

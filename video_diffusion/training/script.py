@@ -13,8 +13,8 @@ from ..data.folder import ClipFolder
 from ..distributed import Processes, lost_others
 
 # With VIDEO_DIFFUSION_TINY=1 every run is over in seconds: to try a command, and to test those of the README.
-TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=8, dim_mults=(1, 2), batch_size=2, sample_every=2, sample_rows=1,
-            sample_steps=2)
+TINY = dict(steps=2, image_steps=1, toy_clips=12, dim=16, attn_dim_head=16, depth=2, dim_mults=(1, 2), batch_size=2, sample_every=2,
+            sample_rows=1, sample_steps=2)
 
 
 class Flag(NamedTuple):
