@@ -48,6 +48,8 @@ from video_diffusion.diffusion.noise_schedule import SCHEDULES
 from video_diffusion.diffusion.objective import LOSSES, OBJECTIVES
 from video_diffusion.networks.text import word_rows
 from video_diffusion.training.finetune import ADAM, begin_with, caches, recipe
+from video_diffusion.training.memory import estimate
+from video_diffusion.training.precision import be_deterministic
 from video_diffusion.training.script import Flag, draw_toy_world, like_the_clips, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.training.vae_trainer import start_from
@@ -136,8 +138,7 @@ FLAGS = {
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
         Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
         Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
-        Flag('--frame-noise', ('shared', 'independent'), 'shared', 'independent: each frame has a noise of its own, to go on from '
-             'any frames, for as long as one likes', D),
+        Flag('--frame-noise', ('shared', 'independent'), 'shared', 'independent: each frame has its own, to go on from frames', D),
         Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
         Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
     ],
@@ -145,13 +146,14 @@ FLAGS = {
         Flag('--steps', int, None, 'optimiser steps'),
         Flag('--batch-size', int, None, 'clips per forward pass of each process'),
         Flag('--accumulate', int, 1, 'forward passes per step'),
-        Flag('--lr', float, None, 'learning rate of Adam, reached after --warmup steps'),
+        Flag('--lr', float, None, 'learning rate of Adam, after --warmup steps'),
         Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all', D),
         Flag('--warmup', int, 50, 'steps of warm-up, before a cosine decay to zero'),
         Flag('--loss', tuple(LOSSES), 'l2', ''),
         Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
         Flag('--max-grad-norm', float, 1., 'gradients are clipped at this norm'),
         Flag('--amp', bool, False, 'bf16 or fp16 where the hardware has it'),
+        Flag('--deterministic', bool, False, 'the same numbers in every run on a GPU, by slower kernels; on a CPU they are anyway'),
         Flag('--compile', bool, False, 'let torch.compile fuse the network: pays in long runs on a GPU', D),
         Flag('--checkpoint-activations', bool, False, 'compute every block again in the backward pass: less memory', D),
     ],
@@ -186,6 +188,8 @@ FLAGS = {
 def main() -> None:
     args, given = parse(__doc__, FLAGS, DEFAULTS)
     refuse_idle_flags(args, given)
+    if args.deterministic:
+        be_deterministic()
     number('timeout', args.timeout, 0, 86400, above=0)
     processes = distributed.init(timedelta(seconds=args.timeout), args.device, args.context_parallel)
     processes.agree(vars(args))
@@ -217,7 +221,8 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
         if flag.dest in given and flag.only not in (None, args.stage):
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
     sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
-    of_dit, of_unet = {'depth', 'patch', 'frame_patch'}, {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images'}
+    of_unet = {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images', 'frame_noise'}
+    of_dit = {'depth', 'patch', 'frame_patch'}
     of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
     of_model |= {'channels', 'unconditional', 'images', 'loss'}
     idle, beside = given.keys() & (of_unet if args.network == 'dit' else of_dit), f'--network {args.network}'
@@ -326,6 +331,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
+    choose_batch(args, given, diffusion, processes)
     return trainer_of(args, diffusion, folder, processes, noise_bias=(2. if captioned else 1.) if args.noise_bias is None else
                       args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
 
@@ -377,6 +383,19 @@ def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | 
                    text_length=longest, **how)
     return Unet3D(args.dim, dim_mults=tuple(args.dim_mults), attn_heads=args.attn_heads, attn_dim_head=args.attn_dim_head,
                   use_sparse_linear_attn=args.linear_attention, **how)
+
+
+def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:
+    """Say what a step needs. A GPU that has no room for the default batch gets a part of it, and as many more passes in a step."""
+    need, asked = estimate(diffusion, muon=bool(args.muon_lr)), args.batch_size
+    if processes.device.type == 'cuda' and 'batch_size' not in given:
+        room = torch.cuda.mem_get_info(processes.device)[0]
+        while processes.any(args.batch_size > need.fitting(args.batch_size, room)):        # of all GPUs the one with least room
+            args.batch_size //= 2
+        if 'accumulate' not in given:
+            args.accumulate = asked // args.batch_size
+    if processes.is_main:
+        print(need.words(args.batch_size))
 
 
 def vae_folder(path: str) -> Path:

@@ -20,7 +20,7 @@ def table(formula):
     """A property: `formula` of alpha bar and of alpha bar one step before, from the float64 schedule, where the model is."""
     def read(self) -> Tensor:
         before = torch.cat((torch.ones_like(self.alpha_bar[:1]), self.alpha_bar[:-1]))
-        return formula(self.alpha_bar, before).float().to(self.alpha.device)
+        return formula(self.alpha_bar, before).float().to(self.alpha.device, non_blocking=True)
     return property(read)
 
 

@@ -163,8 +163,8 @@ class LatentDiffusion(nn.Module):
         for i in range(count):
             clip = dataset.floats(dataset.clip(i * len(dataset) // count)[None].to(self.scale.device))
             posterior = clip.posterior if isinstance(clip, Encoded) else self.posterior(clip)
-            first += posterior.mean.double().mean() / count                              # E z and E z^2
-            second += (posterior.mean.double() ** 2 + posterior.var).mean() / count
+            mean, var = posterior.mean.cpu().double(), posterior.var.cpu()               # not every GPU knows float64
+            first, second = first + mean.mean() / count, second + (mean ** 2 + var).mean() / count       # E z and E z^2
         scale = (second - first ** 2) ** -0.5
         if not scale.isfinite():
             raise ValueError(f'the VAE makes latents of {count} clips whose standard deviation is {1 / scale.item()}: its weights '
@@ -195,12 +195,12 @@ class LatentDiffusion(nn.Module):
         return F.interpolate(video, (self.num_frames, self.height // self.low_res, self.width // self.low_res), mode='area')
 
     def enlarge(self, video: Tensor) -> Tensor:
-        # As many frames as before, so that only height and width are interpolated.
-        return F.interpolate(video, (self.num_frames, self.height, self.width), mode='trilinear')
+        return F.interpolate(video, (self.num_frames, self.height, self.width), mode='trilinear')    # frames stay as many
 
     def posterior(self, video: Tensor) -> DiagonalGaussian:
         chunk = self.chunk and self.chunk * self.vae.time_compression
-        parts = [self.vae.encode(part, chunk=chunk) for part in video.split(self.max_batch)]
+        with torch.autocast('cpu' if video.is_meta else video.device.type, enabled=False):       # cached latents are float32, too
+            parts = [self.vae.encode(part, chunk=chunk) for part in video.split(self.max_batch)]
         return DiagonalGaussian(torch.cat([part.mean for part in parts]), torch.cat([part.logvar for part in parts]))
 
     def decode(self, z: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
+from .recompute import on_cpu
 from .unet3d import Unet3D, bernoulli
 
 # Autograd keeps what happens inside a function until its backward pass. With this (arXiv 1604.06174) it keeps the input only
@@ -45,16 +46,18 @@ POSITIONS = 'sincos', 'rope', 'rope+learned'
 OFS = 2.                         # an input of 1.5-5B-I2V that never had another value
 
 
-def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> list[Tensor]:
-    """norm(x) * (1 + scale) + shift, for x (b n dim) and what each sample is told (b dim): b times (n dim).
+def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, for x (b n dim) and what each sample is told (b dim).
 
     The norm's own gain and bias join it. The tokens of a sample then have one gain, which is all that a plain layer norm
-    needs, and nothing but x is kept for the backward pass.
+    needs, and nothing but x is kept for the backward pass. A GPU would rather do all samples at once.
     """
     gains = norm.weight * (1 + scale)
     biases = norm.bias * (1 + scale) + shift
-    return [F.layer_norm(one, norm.normalized_shape, gain, bias, norm.eps)
-            for one, gain, bias in zip(x.unbind(), gains.unbind(), biases.unbind())]
+    if not on_cpu(x) or torch.compiler.is_compiling():
+        return torch.addcmul(biases[:, None], F.layer_norm(x, norm.normalized_shape, eps=norm.eps), gains[:, None])
+    return torch.stack([F.layer_norm(one, norm.normalized_shape, gain, bias, norm.eps)
+                        for one, gain, bias in zip(x.unbind(), gains.unbind(), biases.unbind())])
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -76,10 +79,9 @@ class AdaptiveNorm(nn.Module):
         shift, scale, video_gate = self.for_video(emb).chunk(3, dim=-1)
         rows = modulated(video, self.norm, shift, scale)
         if text is None:
-            return torch.stack(rows), None, video_gate[:, None]
+            return rows, None, video_gate[:, None]
         shift, scale, text_gate = self.for_text(emb).chunk(3, dim=-1)
-        pairs = zip(modulated(text, self.norm, shift, scale), rows)
-        rows = torch.cat([part for pair in pairs for part in pair]).unflatten(0, (len(video), -1))
+        rows = torch.cat((modulated(text, self.norm, shift, scale), rows), dim=1)
         return rows, text_gate[:, None], video_gate[:, None]
 
 
@@ -244,7 +246,7 @@ class DiT(nn.Module):
             text, video = block(text, video, emb, angles)
 
         shift, scale = self.final_modulation(emb).chunk(2, dim=-1)
-        video = torch.stack(modulated(self.norm(video), self.final_norm, shift, scale))
+        video = modulated(self.norm(video), self.final_norm, shift, scale)
         rows = self.to_patches(video).to(given)
         return rearrange(rows, 'b (f h w) (c o p q) -> b c (f o) (h p) (w q)', f=f, h=h, w=w, o=o, p=p, q=q)
 

@@ -46,10 +46,15 @@ def over_grid(frame: Tensor, row: Tensor, column: Tensor, order: str) -> Tensor:
     return torch.cat([places[axis].expand(*size, -1) for axis in order], dim=-1).flatten(0, 2)
 
 
+def exact_on(device: torch.device | None) -> torch.device | None:
+    """Where to compute in float64 for this device: there, so that nobody waits for a copy, or on the CPU if it has none."""
+    return torch.device('cpu') if device is not None and device.type == 'mps' else device
+
+
 def sincos(grid: Grid, dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """(f h w, dim), to add to tokens."""
     def waves(length, width, spacing=1.):
-        angle = angles((torch.arange(length) / spacing).double(), width)
+        angle = angles((torch.arange(length, device=exact_on(device)) / spacing).double(), width)
         return torch.cat((angle.sin(), angle.cos()), dim=-1).to(dtype).to(device)     # rounded where there is float64
     frames, height, width = grid
     return over_grid(waves(frames, dim // 4), waves(height, dim // 8 * 3, SPACING), waves(width, dim // 8 * 3, SPACING), 'fwh')
@@ -58,7 +63,7 @@ def sincos(grid: Grid, dim: int, device: torch.device | None = None, dtype: torc
 def rope(grid: Grid, dim_head: int, text: int = 0, device: torch.device | None = None,
          dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Cosines and sines (text + f h w, dim_head) for `turn`. The first rows, those of text, are not turned."""
-    frames, height, width = (angles(torch.arange(length).double(), share) for length, share in
+    frames, height, width = (angles(torch.arange(length, device=exact_on(device)).double(), share) for length, share in
                              zip(grid, (dim_head // 4, dim_head // 8 * 3, dim_head // 8 * 3)))
     angle = over_grid(frames, height, width, 'fhw').repeat_interleave(2, dim=-1)
     angle = torch.cat((angle.new_zeros(text, dim_head), angle))

@@ -29,6 +29,11 @@ LITTLE = 2 ** 22        # numbers, 16 MB: a layer that makes no more of its inpu
 SLICE = 2 ** 20         # numbers that a slice becomes: 4 MB, and in the backward pass a few times that
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether to do what is fastest on a CPU. Tensors without numbers count as there: see memory.py."""
+    return x.device.type in ('cpu', 'meta')
+
+
 def recompute(function: Callable, *inputs):
     """function(*inputs), which must not draw random numbers. Tensors come as inputs or are weights."""
     if not torch.is_grad_enabled():
@@ -51,7 +56,7 @@ def in_slices(function: Callable, x: Tensor, dim: int, width: int, *others: Tens
     if numbers < module.little:
         return function(x, *others)
     size = max(1, SLICE * x.shape[dim] // numbers)
-    if x.device.type not in ('cpu', 'meta') or torch.compiler.is_compiling() or size >= x.shape[dim]:   # meta: see memory.py
+    if not on_cpu(x) or torch.compiler.is_compiling() or size >= x.shape[dim]:
         return recompute(function, x, *others)
     return Slices.apply(function, dim, size, len(others), x, *others, *(w for w in module.parameters() if w.requires_grad))
 

@@ -93,7 +93,7 @@ class WordEncoder(nn.Module):
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)   # b n
         lengths = torch.tensor([[len(row)] for row in rows])                                          # b 1
         keep = torch.arange(longest) < lengths                                                        # b n
-        return self.words(padded.to(device)), keep.to(device)
+        return self.words(padded.to(device, non_blocking=True)), keep.to(device, non_blocking=True)
 
 
 class BertEncoder(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .recompute import LITTLE, plainly, recompute
+from .recompute import LITTLE, on_cpu, plainly, recompute
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -58,15 +58,28 @@ class Block(nn.Module):
 
     def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         """All but the convolution: x (b c f h w), scale_shift (b 1 2c) or (b f 2c)."""
-        if scale_shift is None:
+        if scale_shift is None and on_cpu(x):
             return F.silu(self.norm(x))
-        # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
-        scale, shift = scale_shift.chunk(2, dim=-1)
-        gain = self.norm.weight * (scale + 1)
-        bias = self.norm.bias * (scale + 1) + shift
-        x = F.group_norm(x, self.norm.num_groups, eps=self.norm.eps)
-        gain, bias = (rearrange(values, 'b f c -> b c f 1 1') for values in (gain, bias))
-        return F.silu(torch.addcmul(bias, x, gain))
+        gain, bias = self.norm.weight[None, None], self.norm.bias[None, None]          # 1 1 c
+        if scale_shift is not None:
+            # FiLM is x * (scale + 1) + shift. The norm's own gain and bias join it, and x is scaled only once.
+            scale, shift = scale_shift.chunk(2, dim=-1)
+            gain, bias = gain * (scale + 1), bias * (scale + 1) + shift
+        return F.silu(self.normed(x, *(rearrange(values, 'b f c -> b c f 1 1') for values in (gain, bias))))
+
+    def normed(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """x (b c f h w) with its groups normalised, times gain, plus bias (b c f 1 1), in the layout that x has.
+
+        A CPU's group norm knows channels-last. That of a GPU would copy x into another layout, and the next convolution back.
+        """
+        groups, eps = self.norm.num_groups, self.norm.eps
+        if on_cpu(x):
+            return torch.addcmul(bias, F.group_norm(x, groups, eps=eps), gain)
+        width = torch.promote_types(x.dtype, torch.float32)                  # half precision is too short for such a sum
+        var, mean = torch.var_mean(x.to(width).unflatten(1, (groups, -1)), dim=(2, 3, 4, 5), correction=0, keepdim=True)
+        rstd, mean = (each.repeat_interleave(x.shape[1] // groups, dim=1)[:, :, 0] for each in ((var + eps).rsqrt(), mean))
+        gain = gain * rstd                                                   # b c f 1 1
+        return torch.addcmul(bias - mean * gain, x, gain).to(x.dtype)
 
 
 class ResnetBlock(nn.Module):

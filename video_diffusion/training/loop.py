@@ -35,7 +35,7 @@ from .ema import EMA
 from .interrupt import Stopped, StopRequest
 from .lock import hold
 from .log import add_rows, begin_log
-from .precision import amp_dtype
+from .precision import amp_dtype, use_tensor_cores
 
 
 class TrainingLoop(ABC):
@@ -72,6 +72,7 @@ class TrainingLoop(ABC):
         whole('seed', seed, 0, 2 ** 63 - 1)
         self.processes, self.device = processes, processes.device
         self.amp_dtype = amp_dtype(self.device) if amp else None
+        use_tensor_cores(processes)
         self.dataset, self.batch_size, self.accumulate = dataset, batch_size, accumulate
         self.train_num_steps, self.train_lr, self.lr_schedule = num_steps, lr, lr_schedule
         self.max_grad_norm = max_grad_norm

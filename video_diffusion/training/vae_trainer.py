@@ -177,9 +177,9 @@ class VAETrainer(TrainingLoop):
         generator = seeded_generator(self.seed, 'images', number)
         if self.step >= self.image_steps and torch.rand(1, generator=generator).item() >= self.image_share:
             return video
-        b, _, f = video.shape[:3]
+        b, f = video.shape[0], video.shape[2]
         frames = self.ours(torch.randint(f, (b * self.processes.data_size,), generator=generator))
-        return video[torch.arange(b), :, frames].unsqueeze(2)                                          # b c 1 h w
+        return torch.stack([clip[:, at:at + 1] for clip, at in zip(video, frames.tolist())])             # b c 1 h w
 
     def begin_with_clips(self) -> None:
         """From images to clips, as MAGVIT-v2 does it (Yu et al. 2023, arXiv 2310.05737).

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..networks.recompute import on_cpu
 from .frame_shares import (
     AllGather,
     Shares,
@@ -143,7 +144,7 @@ def steps(x: Tensor, first: bool = False, unit: int = 2, growth: float = 1.) -> 
 
     `growth`: by how much the largest feature map that is made of a frame exceeds the frame.
     """
-    most = 2 ** 21 if x.device.type == 'cpu' else 2 ** 27            # numbers; measured on the CPU only
+    most = 2 ** 21 if on_cpu(x) else 2 ** 27                         # numbers; measured on the CPU only
     length = max(1, int(most / (unit * growth * x[:, :, :1].numel()))) * unit
     cuts = [0, *range(length + first, x.shape[2], length), x.shape[2]]
     return list(zip(cuts, cuts[1:]))

@@ -53,6 +53,7 @@ class PerceptualLoss:
             state = {name.removeprefix('features.'): value for name, value in state.items() if name.startswith('features.')}
         network = checkpoint.build(lambda _: vgg16(weights=None).features, {}, state, f"{weights} (expected: torchvision's VGG16)")
         self.features = network[:self.layers[-1] + 1].eval().requires_grad_(False).to(device)
+        self.mean_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)[:, :, None, None]
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """(b c f h w) in [0, 1], twice -> the sum of the distances of all frames."""
@@ -61,7 +62,7 @@ class PerceptualLoss:
             raise ValueError(f'the perceptual loss of {c} channels of {h}x{w} pixels: VGG16 sees 1 or 3 channels and halves '
                              'frames four times, so give 16 pixels or more, or leave this loss off')
         x = rearrange(torch.cat([a, b]), 'b c f h w -> (b f) c h w')
-        mean, std = x.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+        mean, std = self.mean_std.to(x.dtype)
         x = (x.expand(-1, 3, -1, -1) - mean) / std
         total = x.new_zeros(())
         for i, layer in enumerate(self.features):

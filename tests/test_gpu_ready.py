@@ -1,0 +1,110 @@
+"""What is done differently on a GPU gives the same numbers, compiles, exports, and keeps half precision within its range.
+
+Run: pytest tests/test_gpu_ready.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_fake_device import SHAPE, SIZE, causal, dit, latent, temporal, unet
+from torch import nn
+from torch.export import Dim
+
+from video_diffusion.networks import dit as dit_room
+from video_diffusion.networks import recompute, unet_blocks
+from video_diffusion.networks.attention import attend
+
+ROOT = Path(__file__).parent.parent
+
+
+def output_and_gradients(network, *inputs):
+    network.zero_grad()
+    y = network(*inputs)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize('make', [lambda: unet(dim_mults=(1, 2)), dit], ids=['U-Net', 'DiT'])
+def test_the_network_of_a_gpu_is_that_of_a_cpu(make, monkeypatch):
+    torch.manual_seed(0)
+    network = make().double()
+    for weight in network.parameters():
+        weight.data += 0.2 * torch.randn_like(weight)                       # gains of 1 and gates of 0 would hide much
+    inputs = torch.randn(SHAPE, dtype=torch.float64), torch.tensor([3., 700.], dtype=torch.float64)
+    expected = output_and_gradients(network, *inputs)
+    for module in (recompute, unet_blocks, dit_room):
+        monkeypatch.setattr(module, 'on_cpu', lambda x: False)
+    for a, b in zip(expected, output_and_gradients(network, *inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_attention_keeps_within_the_range_of_fp16():
+    """Products of such queries and keys are twice as large as fp16 can hold; the logits are not."""
+    q = torch.full((1, 2, 64), 45., dtype=torch.float16)
+    k, v = q.clone(), torch.randn(1, 2, 64).half()
+    assert not (q @ k.mT).isfinite().all()
+    bias = torch.zeros(1, 2, 2, dtype=torch.float16)
+    torch.testing.assert_close(attend(q, k, v, bias), attend(q.float(), k.float(), v.float(), bias.float()).half(), rtol=2e-3,
+                               atol=2e-3)
+
+
+def test_the_vae_of_a_latent_model_does_not_take_part_in_mixed_precision():
+    torch.manual_seed(0)
+    diffusion, video = latent(causal()), torch.rand(SHAPE)
+    plain = diffusion.encode(video).posterior.mean
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(diffusion.encode(video).posterior.mean, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [causal, temporal], ids=['CausalVAE', 'TemporalVAE'])
+def test_a_decoder_is_one_graph(make):
+    """Of one size: which frames go through a convolution together depends on their number."""
+    torch.manual_seed(0)
+    network, z = Decode(make()).eval(), torch.randn(2, 2, 3, SIZE // 2, SIZE // 2)
+    with torch.no_grad():
+        program = torch.export.export(network, (z,), strict=True)
+        torch.testing.assert_close(program.module()(z), network(z), rtol=1e-4, atol=1e-4)
+
+
+class Decode(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z):
+        return self.vae.decode(z)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [unet, dit], ids=['U-Net', 'DiT'])
+def test_one_graph_for_any_batch_and_any_number_of_frames(make):
+    """What torch.export takes whole has no break for torch.compile either; where a size is built in, it complains."""
+    torch.manual_seed(0)
+    network, inputs = make().eval(), (torch.randn(SHAPE), torch.tensor([3, 700]))
+    batch = Dim('batch', min=2, max=64)
+    with torch.no_grad():
+        program = torch.export.export(network, inputs, dynamic_shapes=({0: batch, 2: Dim('frames', min=2, max=64)}, {0: batch}),
+                                      strict=True)
+        more = torch.cat([inputs[0], inputs[0]], dim=2)
+        more = torch.cat([more, more, more]), torch.arange(6)
+        torch.testing.assert_close(program.module()(*more), network(*more), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_script_for_the_day_with_a_gpu_runs(tmp_path):
+    """All parts, tiny, on the CPU; a second call finds nothing left to do."""
+    command = [sys.executable, ROOT / 'tests' / 'gpu.py', '--device', 'cpu', '--tiny', '--out', tmp_path / 'gpu.jsonl']
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))
+        rows = [json.loads(line) for line in (tmp_path / 'gpu.jsonl').read_text().splitlines()]
+        assert done.returncode == 0, [row for row in rows if 'error' in row or row.get('wrong')] or done.stderr[-2000:]
+        assert len(rows) == len({row['check'] for row in rows}) == 11
+    assert {row['part'] for row in rows} == {1, 2, 3, 4}
+    assert done.stdout.count('\n| ') >= 11                                  # the table

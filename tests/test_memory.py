@@ -1,0 +1,72 @@
+"""What a training step needs is known before it runs, to 15%. Run: pytest tests/test_memory.py"""
+
+import pytest
+import torch
+from bench_dit import peak as measured
+
+from video_diffusion import CausalVAE, GaussianDiffusion, LatentDiffusion, Unet3D, WordEncoder, latent_shape
+from video_diffusion.training.loop import adam
+from video_diffusion.training.memory import Need, estimate
+from video_diffusion.training.muon import Muon, split
+
+CPU = torch.device('cpu')
+
+
+def toy():
+    unet = Unet3D(16, dim_mults=(1, 2), attn_heads=1, attn_dim_head=16, use_sparse_linear_attn=False, cond_dim=8)
+    return GaussianDiffusion(unet, image_size=16, num_frames=4, text_encoder=WordEncoder(8))
+
+
+def lean():
+    unet = Unet3D(16, dim_mults=(1, 2), attn_heads=2, attn_dim_head=16, cond_frames=True, checkpoint_activations=True)
+    return GaussianDiffusion(unet, image_size=16, num_frames=4, prob_cond_frames=0.5)
+
+
+def latents():
+    vae = CausalVAE(latent_channels=4, dim=8, dim_mults=(1, 2), blocks_per_level=1, time_compression=2, norm_groups=2)
+    channels, frames, *size = latent_shape(vae, 5, (32, 32))
+    unet = Unet3D(16, dim_mults=(1, 2), channels=channels, attn_heads=2)
+    inner = GaussianDiffusion(unet, image_size=tuple(size), num_frames=frames, channels=channels, latents=True, objective='v')
+    return LatentDiffusion(inner, vae, num_frames=5)
+
+
+@pytest.mark.parametrize('make', [toy, lean, latents])
+def test_the_estimate_is_what_a_step_really_takes(make):
+    """PyTorch's own allocator counts the other side: every block that a kernel asks for, on a real CPU."""
+    clips, diffusion = 5, make()
+    need = estimate(diffusion)
+    video = torch.rand(clips, 3, diffusion.num_frames, diffusion.height, diffusion.width)
+    cond = torch.rand(clips, 8) if make is toy else None
+    diffusion.scale = torch.ones(()) if make is latents else None
+    diffusion.has_scale = True
+    real = measured(lambda: diffusion(video, cond), 'step', CPU) + video.nbytes
+    assert need.gradients + clips * need.per_clip == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize('muon', [False, True])
+def test_what_stands_is_weights_average_and_moments(muon):
+    diffusion = toy()
+    weights = list(diffusion.parameters())
+    optimizer = Muon(*split(diffusion), lr=1e-3, muon_lr=1e-2) if muon else adam(weights, 1e-3)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    optimizer.step()
+    moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    learnt = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    assert estimate(diffusion, muon).standing == sum(weight.nbytes for weight in weights) + learnt + moments
+
+
+def test_the_estimate_leaves_the_model_as_it_was():
+    diffusion = toy()
+    before = {name: value.clone() for name, value in diffusion.state_dict().items()}
+    estimate(diffusion)
+    assert all(torch.equal(value, before[name]) for name, value in diffusion.state_dict().items())
+    assert all(weight.grad is None for weight in diffusion.parameters())
+    assert isinstance(diffusion.text_encoder, WordEncoder)
+
+
+def test_a_batch_that_fits():
+    need = Need(standing=100, gradients=50, per_clip=10)
+    assert need.of(64) == 790
+    assert [need.fitting(64, room) for room in (10_000, 790, 600, 0)] == [64, 32, 32, 1]
+    assert '64 clips' in need.words(64)
