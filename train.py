@@ -58,7 +58,8 @@ from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_s
 from video_diffusion.weights.cogvideox import INDEX
 
 # What a flag means that is not given, where that depends on the device: (CPU, GPU), with --stage vae (CPU, GPU), and with
-# --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns train the toy world in about ten minutes.
+# --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns are for about ten minutes on the toy world, which the
+# U-Net learns in that time; a transformer, to which nothing is near or far at first, needs far more clips.
 DEFAULTS = {
     'image_size':       ((16, 32),               (32, 32)),     # of the toy world; yours keep theirs up to max_size
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
