@@ -8,7 +8,7 @@ Every number comes from a fresh process; theirs and ours take turns, `--repeat` 
 median over the turns, with the smallest and the largest behind it. Time on the CPU is that of the process on one thread,
 so that other work on the machine counts little, and two processes run side by side; on CUDA it is wall time.
 
-    setting   on a CPU the allocator: `stock`, or `tuned` as train.py tunes it (script.keep_freed_memory), for both packages;
+    setting   on a CPU the allocator: `stock`, or `tuned` as train.py tunes it (memory.py), for both packages;
               on CUDA the precision: fp32, or bf16 by autocast
     ours      `plain`, `lean` (Unet3D(checkpoint_activations=True)) or `compiled` (torch.compile), each against plain theirs
     step      loss, forward and backward        forward   the network without gradient      sample   one step of DDPM
