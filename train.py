@@ -58,7 +58,8 @@ from video_diffusion.weights import causal_vae_from_diffusers, causal_vae_from_s
 from video_diffusion.weights.cogvideox import INDEX
 
 # What a flag means that is not given, where that depends on the device: (CPU, GPU), with --stage vae (CPU, GPU), and with
-# --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns train the toy world in about ten minutes.
+# --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns are for about ten minutes on the toy world, which the
+# U-Net learns in that time; a transformer, to which nothing is near or far at first, needs far more clips.
 DEFAULTS = {
     'image_size':       ((16, 32),               (32, 32)),     # of the toy world; yours keep theirs up to max_size
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
@@ -137,8 +138,7 @@ FLAGS = {
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
         Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),
         Flag('--null-cond-prob', float, 0.1, 'how often captions are dropped in training', D),
-        Flag('--frame-noise', ('shared', 'independent'), 'shared', 'independent: each frame has a noise of its own, to go on from '
-             'any frames, for as long as one likes', D),
+        Flag('--frame-noise', ('shared', 'independent'), 'shared', 'independent: each frame has its own, to go on from frames', D),
         Flag('--known-frames', float, 0., 'share of clips whose first frames the network is told, to go on from', D, metavar='P'),
         Flag('--focus-present', float, 0., 'share of clips trained as unrelated images', D),
     ],
@@ -146,7 +146,7 @@ FLAGS = {
         Flag('--steps', int, None, 'optimiser steps'),
         Flag('--batch-size', int, None, 'clips per forward pass of each process'),
         Flag('--accumulate', int, 1, 'forward passes per step'),
-        Flag('--lr', float, None, 'learning rate of Adam, reached after --warmup steps'),
+        Flag('--lr', float, None, 'learning rate of Adam, after --warmup steps'),
         Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all', D),
         Flag('--warmup', int, 50, 'steps of warm-up, before a cosine decay to zero'),
         Flag('--loss', tuple(LOSSES), 'l2', ''),
@@ -221,7 +221,8 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
         if flag.dest in given and flag.only not in (None, args.stage):
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
     sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
-    of_dit, of_unet = {'depth', 'patch', 'frame_patch'}, {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images'}
+    of_unet = {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images', 'frame_noise'}
+    of_dit = {'depth', 'patch', 'frame_patch'}
     of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
     of_model |= {'channels', 'unconditional', 'images', 'loss'}
     idle, beside = given.keys() & (of_unet if args.network == 'dit' else of_dit), f'--network {args.network}'

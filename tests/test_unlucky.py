@@ -332,11 +332,14 @@ def test_clips_that_differ_are_seen(clips, tmp_path):
     there = make_trainer(clips, tmp_path).dataset
     shutil.copytree(clips, tmp_path / 'copy')
     assert clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset) == clip_list(there)
+    for path in (tmp_path / 'copy').glob('00011.*'):
+        path.rename(path.with_stem('00012'))
+    renamed = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
     (tmp_path / 'copy' / '00003.txt').write_text('another word')
     other = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
     (tmp_path / 'copy' / '00003.gif').unlink()
     fewer = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
-    assert len({clip_list(there), other, fewer}) == 3 and fewer.startswith('11, ') and other.startswith('12, ')
+    assert len({clip_list(there), renamed, other, fewer}) == 4 and fewer.startswith('11, ') and other.startswith('12, ')
 
 
 def test_what_the_main_process_cannot_do_fails_everywhere(monkeypatch):

@@ -7,6 +7,7 @@ then adapters see nothing but cyan ones. With and without them it is asked for c
 grades: does it draw what it had never seen, and does it still know the rest?
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ FOLDER = Path('toy_cogvideox')
 NEW = 'cyan'
 RUNS = {                                                   # results: what makes them
     'vae': ['whole', '--stage', 'vae'],
-    'dit': ['known', '--network', 'dit', '--vae', 'vae', '--cache-latents', '--held-out', '16'],
-    'lora': ['new', '--model', 'dit', '--lora', '16', '--held-out', '16'],
+    'dit': ['known', '--network', 'dit', '--vae', 'vae', '--cache-latents', '--held-out', '8'],
+    'lora': ['new', '--model', 'dit', '--lora', '16', '--held-out', '8'],
 }
 
 
@@ -49,7 +50,7 @@ def make_worlds() -> None:
     """All clips, and the same by whether they show what is new."""
     if (FOLDER / 'new').exists():
         return
-    shapes.make_shapes(FOLDER / 'whole', 4000)
+    shapes.make_shapes(FOLDER / 'whole', 60 if os.environ.get('VIDEO_DIFFUSION_TINY') else 4000)
     for kind, paths in split(list((FOLDER / 'whole').glob('*.txt')), lambda path: path.read_text()).items():
         (FOLDER / kind).mkdir()
         for path in paths:

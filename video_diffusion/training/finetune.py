@@ -30,8 +30,8 @@ from ..networks.text import BertEncoder
 
 # Flags of train.py for a run that begins with (CogVideoX or a model of ours, adapters or all weights). CogVideoX's own code takes
 # a thousand steps for adapters, half as many for all weights, of 16 clips or more, and so small a rate for the latter. Its
-# adapters are scaled by 1 / rank and learn at up to 1e-3; at scale 1, as here, that would be many times too much. No rate was
-# tried here on pretrained weights.
+# adapters are scaled by 1 / rank and learn at up to 1e-3; at scale 1, as here, that would be many times too much. None of these
+# rates was tried here on more than tiny weights.
 RECIPES = {
     ('CogVideoX', 'adapters'): dict(lr=1e-4, steps=1000, batch_size=1, accumulate=16, sample_every=250, sample_rows=1),
     ('CogVideoX', 'all'):      dict(lr=1e-5, steps=500, batch_size=1, accumulate=16, sample_every=250, sample_rows=1),
