@@ -106,9 +106,9 @@ def test_steps_of_training_cover_what_is_asked_later():
     drawn = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (8000, FRAMES) and drawn.min() >= 0 and drawn.max() <= 999
     same = ~levels_differ(drawn)
-    assert 0.42 < same.float().mean() < 0.48 and torch.equal(drawn[same, 0], t[same])
+    assert 0.52 < same.float().mean() < 0.58 and torch.equal(drawn[same, 0], t[same])
     told = (~same) & ((drawn == t[:, None]) | (drawn <= LOW * 1000)).all(dim=1) & (drawn == t[:, None]).any(dim=1)
-    assert 0.42 < told.float().mean() < 0.49
+    assert 0.32 < told.float().mean() < 0.39
     low = drawn[told][:, 0]                                                      # a beginning is always known,
     assert 0.45 < (low == 0).float().mean() < 0.6 and low.max() <= LOW * 1000    # half of the time without noise
     assert (drawn[told] == t[told, None]).any(dim=1).all()                       # and something is left to invent
@@ -134,7 +134,7 @@ def test_a_trainer_leaves_captions_out_where_frames_tell_and_two_processes_draw_
                       null_cond_prob=0.1, processes=Processes(device=torch.device('cpu')))
     draws = trainer.draw(0, 4000, 0.)
     differ = levels_differ(draws['t'])
-    assert draws['t'].shape == (4000, FRAMES) and 0.5 < differ.float().mean() < 0.6
+    assert draws['t'].shape == (4000, FRAMES) and 0.4 < differ.float().mean() < 0.5
     for which, share in ((differ, SILENT), (~differ, 0.1)):
         assert abs(draws['null_cond_mask'][which].float().mean() - share) < 0.03
     whole = trainer.draw(1, 6, 0.)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_fake_device import SHAPE, causal, dit, latent, unet
 
+from video_diffusion import Unet3D
 from video_diffusion.networks import dit as dit_room
 from video_diffusion.networks import recompute, unet_blocks
 from video_diffusion.networks.attention import attend
@@ -71,3 +72,13 @@ def test_the_script_for_the_day_with_a_gpu_runs(tmp_path):
         assert len(rows) == len({row['check'] for row in rows}) == 11
     assert {row['part'] for row in rows} == {1, 2, 3, 4}
     assert done.stdout.count('\n| ') >= 11                                  # the table
+
+
+@pytest.mark.slow
+def test_the_unet_is_exported_for_any_number_of_clips_and_frames():
+    unet = Unet3D(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
+    clips, frames = (torch.export.Dim(name, min=2, max=64) for name in ('clips', 'frames'))
+    x, t = torch.randn(3, 3, 5, 16, 16), torch.tensor([1, 2, 3])
+    program = torch.export.export(unet, (x, t), dynamic_shapes=({0: clips, 2: frames}, {0: clips}), strict=False).module()
+    other = torch.randn(4, 3, 7, 16, 16), torch.arange(4)
+    torch.testing.assert_close(program(*other), unet(*other))
