@@ -4,7 +4,6 @@ alike. Through train.py, on tiny random folders of CogVideoX and on models of th
 import csv
 import gc
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cogvideox import HEIGHT, LENGTH, WIDTH, folder  # noqa: F401, folder is a fixture: a model folder of a kind
+from test_scripts import run  # noqa: F401, a fixture: a script in this process
 from test_trainer import CPU, assert_same_state
 
 from video_diffusion import Trainer, checkpoint, diffusion_from_checkpoint, load_lora, shapes
@@ -33,22 +33,6 @@ SMALL = ['--steps', 2, '--sample-every', 2, '--sample-rows', 1, '--sample-steps'
 @pytest.fixture(scope='module')
 def clips(tmp_path_factory):
     return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 5, image_size=24, num_frames=9)
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
-    """A script in this process, in an empty folder: (exit code, what it printed, what it complained about)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(script, *args):
-        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
-        try:
-            runpy.run_path(str(ROOT / script), run_name='__main__')
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return run
 
 
 # the step
