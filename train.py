@@ -67,7 +67,7 @@ DEFAULTS = {
     'max_frames':       ((8, 16),                (8, 17)),
     'dim':              ((16, 64),               (16, 64), (96, 384)),     # thin at first: there pixels are most
     'depth':            (None,                   None,     (6, 12)),
-    'patch':            (None,                   None,     (4, 2)),
+    'patch':            ((2, 2),                 None,     (4, 2)),        # 1 in latents, which are small as they are
     'frame_patch':      (None,                   None,     (2, 1)),
     'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
     'attn_heads':       ((1, 8),                 None),
@@ -118,7 +118,7 @@ FLAGS = {
         Flag('--network', ('unet', 'dit'), 'unet', 'a U-Net, or a transformer over patches of the clip', D),
         Flag('--dim', int, None, 'width of the first level, or of a token'),
         Flag('--depth', int, None, 'blocks of the transformer', D),
-        Flag('--patch', int, None, 'side of the square of pixels that is one token', D),
+        Flag('--patch', int, None, 'side of the square of pixels that is one to the network', D),
         Flag('--frame-patch', int, None, 'and how many frames of it', D),
         Flag('--dim-mults', int, None, 'width of each level, in --dim', many=True),
         Flag('--attn-heads', int, None, 'heads of temporal attention', D),
@@ -222,7 +222,7 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
     sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
     of_unet = {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images', 'frame_noise'}
-    of_dit = {'depth', 'patch', 'frame_patch'}
+    of_dit = {'depth', 'frame_patch'}
     of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
     of_model |= {'channels', 'unconditional', 'images', 'loss'}
     idle, beside = given.keys() & (of_unet if args.network == 'dit' else of_dit), f'--network {args.network}'
@@ -262,6 +262,8 @@ def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> Non
         args.image_steps = 0                     # what these weights know about motion is to be kept
     if args.vae and not args.folder:
         args.image_size = args.image_size or 32  # small clips leave too little of a latent
+    if args.vae and args.network == 'unet' and args.patch is None:
+        args.patch = 1
     if 'sample_steps' not in given:
         args.sample_steps = min(args.sample_steps, max(1, args.timesteps))
     for name, columns in DEFAULTS.items() if args.model is None else ():         # a trained model has others: see fine_tuner
@@ -308,7 +310,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     vae = vae_from_checkpoint(args.vae) if args.vae else None
     told = args.known_frames if args.low_res is None else 1.
     dit = args.network == 'dit'
-    multiple = args.patch if dit else 2 ** (len(args.dim_mults) - 1)                  # the U-Net halves frames so often
+    multiple = args.patch * (1 if dit else 2 ** (len(args.dim_mults) - 1))            # the U-Net halves frames so often
     multiple *= vae.space_compression if vae else 1
     frames, height, width = clip_size(args, folder, multiple)
     if vae and args.num_frames is None:
@@ -382,7 +384,7 @@ def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | 
         return DiT(args.dim, depth=args.depth, dim_head=args.attn_dim_head, patch=args.patch, frame_patch=args.frame_patch,
                    text_length=longest, **how)
     return Unet3D(args.dim, dim_mults=tuple(args.dim_mults), attn_heads=args.attn_heads, attn_dim_head=args.attn_dim_head,
-                  use_sparse_linear_attn=args.linear_attention, **how)
+                  use_sparse_linear_attn=args.linear_attention, patch=args.patch, **how)
 
 
 def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:

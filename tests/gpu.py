@@ -42,6 +42,7 @@ from video_diffusion import (  # noqa: E402
 from video_diffusion.distributed import Processes  # noqa: E402
 from video_diffusion.training import shard  # noqa: E402
 from video_diffusion.training.memory import estimate  # noqa: E402
+from video_diffusion.training.trainer import fuse  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,7 +151,7 @@ def unet_step(day: Day) -> dict:
     ours = {'plain': day.unet(), 'lean': day.unet(checkpoint_activations=True)}
     if day.cuda:
         ours['compiled'] = day.unet()
-        ours['compiled'].compile()
+        fuse(ours['compiled'])
     works = {'theirs': step_of(day, theirs.to(day.device), dtype)}
     works |= {name: step_of(day, day.diffusion(unet).to(day.device), dtype) for name, unet in ours.items()}
     return compare(day, works, goal=dict(time=0.25, memory=0.4))
@@ -182,7 +183,7 @@ def share_of_the_peak(day: Day) -> dict:
         with FlopCounterMode(display=False) as counter:
             step()
         if day.cuda:
-            network.compile()
+            fuse(network)
         result[name] = round(counter.get_total_flops() / day.seconds(step) / peak, 3)
     return result
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from einops import rearrange
 from video_diffusion_pytorch import Unet3D as PeerUnet3D
 
 from video_diffusion.networks.unet3d import Unet3D
@@ -124,3 +125,28 @@ def test_each_frame_is_told_its_own_step_and_no_other():
     assert changed.tolist() == [False, True]
     with pytest.raises(ValueError, match=r'time has shape \(2, 4\): expected \(2,\), a step for each video, or \(2, 5\)'):
         unet(x, steps[:, :4])
+
+
+@pytest.mark.parametrize('cond_frames', (False, True))
+def test_patches_are_channels(cond_frames):
+    """A network with patch=2 is the plain one, of clips whose squares of 2x2 pixels have become four times the channels."""
+    def squares(x):
+        return rearrange(x, 'b c f (h p) (w q) -> b (c p q) f h w', p=2, q=2)
+    torch.manual_seed(0)
+    small = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
+    patched = Unet3D(**small, channels=3, patch=2, cond_frames=cond_frames).double()
+    plain = Unet3D(**small, channels=28 if cond_frames else 12, out_dim=12).double()
+    plain.load_state_dict(patched.state_dict())
+    x, known, t = torch.randn(2, 3, 3, 8, 12).double(), torch.randn(2, 3, 3, 8, 12).double(), torch.tensor([5., 700.]).double()
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    if cond_frames:
+        shown = mask[:, None, :, None, None].expand(2, 1, 3, 8, 12).double()
+        output, given = patched(x, t, known=known, known_mask=mask), torch.cat((x, known * shown, shown), dim=1)
+    else:
+        output, given = patched(x, t), x
+    assert torch.allclose(squares(output), plain(squares(given), t), rtol=1e-10, atol=1e-10)
+    assert patched.config['patch'] == 2
+    with pytest.raises(ValueError, match='2 levels of patches of 2, height and width must be multiples of 4'):
+        patched(x[..., :10], t)
+    with pytest.raises(ValueError, match='patch=0'):
+        Unet3D(8, patch=0)

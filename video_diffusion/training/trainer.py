@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Callable
 
 import torch
-from torch import Tensor
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import number, whole
@@ -107,7 +108,7 @@ class Trainer(TrainingLoop):
         given = (name for name in ('low_res', 'image_scale') if getattr(self.diffusion, name, None) is not None)
         self.asks_for = next(given, None)            # what samples need beside a caption
         if compile:
-            self.diffusion.denoise_fn.compile()      # in place: the weights keep their names
+            fuse(self.diffusion.denoise_fn)
         self.model = DistributedDataParallel(self.diffusion, broadcast_buffers=False) if several else self.diffusion
         self.lora = lora_config(self.diffusion)
         if self.lora:
@@ -257,6 +258,14 @@ class Trainer(TrainingLoop):
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), 'sampling': self.sampling.changed()}  # how sample.py draws unless it is told otherwise
+
+
+def fuse(network: nn.Module) -> None:
+    """torch.compile in place: the weights keep their names. einops' patterns are taken as they are; to look into each, which
+    changes nothing, would take as long as all the rest."""
+    for function in (rearrange, reduce, repeat):
+        torch.compiler.allow_in_graph(function)
+    network.compile()
 
 
 def optimizer(diffusion: GaussianDiffusion, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float,
