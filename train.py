@@ -65,21 +65,21 @@ DEFAULTS = {
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
-    'dim':              ((16, 64),               (16, 64), (96, 384)),     # thin at first: there pixels are most
+    'dim':              ((24, 64),               (16, 64), (96, 384)),     # thin at first: there pixels are most
     'depth':            (None,                   None,     (6, 12)),
     'patch':            ((2, 2),                 None,     (4, 2)),        # 1 in latents, which are small as they are
     'frame_patch':      (None,                   None,     (2, 1)),
     'dim_mults':        (((1, 2, 4), (1, 2, 4)), ((1, 2), (1, 2, 4))),
-    'attn_heads':       ((1, 8),                 None),
+    'attn_heads':       ((2, 4),                 None),
     'attn_dim_head':    ((16, 32),               None,     (32, 64)),
-    'linear_attention': ((False, True),          None),
+    'linear_attention': ((False, False),         None),
     'time_compression': (None,                   (1, 4)),       # on a CPU there is no time to learn it
     'latent_channels':  (None,                   (4, 4)),
-    'batch_size':       ((8, 64),                (8, 16)),
-    'objective':        (('x0', 'v'),            None),         # of x0 the last steps of sampling are free of grain
-    'lr':               ((2e-3, 5e-4),           (2e-3, 2e-4), (0.01, 5e-4)),
-    'muon_lr':          ((0.01, None),           None,     (0.04, None)),
-    'steps':            ((1300, 10000),          (800, 20000), (2000, 10000)),
+    'batch_size':       ((8, 32),                (8, 16)),
+    'objective':        (('x0', 'x0'),           None),         # of x0 the last steps of sampling are free of grain
+    'lr':               ((2e-3, 2e-3),           (2e-3, 2e-4), (0.01, 5e-4)),
+    'muon_lr':          ((0.01, 0.01),           None,     (0.04, None)),
+    'steps':            ((1300, 4000),           (800, 20000), (2000, 10000)),
     'image_steps':      (None,                   (600, 5000)),
     'sample_every':     ((650, 1000),            (200, 1000), (1000, 1000)),
 }
@@ -281,9 +281,9 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     if not isinstance(args.image_size, int):
         raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
     folder = Path(f'data/shapes-{args.image_size}' if args.stage == V or args.vae else 'data/shapes')
-    frames = args.num_frames
-    if args.frame_noise == 'independent':        # a model that goes on for ever learns from windows that begin anywhere
-        folder, frames, args.random_window = folder.with_name(f'{folder.name}-long'), 3 * frames, True
+    frames = (args.num_frames,)
+    if args.frame_noise == 'independent':        # a model that goes on for ever learns from windows that begin anywhere, too
+        folder, frames, args.random_window = folder.with_name(f'{folder.name}-long'), (args.num_frames, 3 * args.num_frames), True
     return draw_toy_world(folder, args.toy_clips, args.image_size, frames, processes)
 
 

@@ -1,6 +1,7 @@
 """The ground of gpu.py: where its checks work, how large they are, and how they measure."""
 
 import time
+from functools import cache
 
 import torch
 
@@ -38,6 +39,13 @@ class Day:
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    @cache
+    def peak(self) -> float:
+        """Operations per second of one large matrix product."""
+        n = 8192 if self.cuda else 128
+        a = torch.randn(n, n, device=self.device, dtype=self.half if self.cuda else torch.float32)
+        return 2 * n ** 3 / self.seconds(lambda: a @ a, 10)
 
     def peak_mb(self, work) -> float:
         if not self.cuda:

@@ -106,10 +106,10 @@ def test_the_toy_world_may_be_drawn_by_two_runs_at_once(tmp_path, monkeypatch, o
             make(world, *how)
         return folder
     monkeypatch.setattr(shapes, 'make_shapes', make_slowly)
-    assert draw_toy_world(world, 3, 16, 2, CPU) == world
+    assert draw_toy_world(world, 3, 16, (2,), CPU) == world
     assert [path.name for path in world.parent.iterdir()] == ['shapes'] and len(list(world.iterdir())) == 6
     monkeypatch.setattr(shapes, 'make_shapes', lambda *how: pytest.fail('it is there already'))
-    draw_toy_world(world, 3, 16, 2, CPU)
+    draw_toy_world(world, 3, 16, (2,), CPU)
 
 
 # Signals

@@ -5,12 +5,14 @@ speed and bounces off the walls. The caption names all of it: `a red circle movi
 two frame steps at least). What laws follow from that, and who keeps them: grade.py.
 
     make_shapes('shapes/', 1000)                          # 00000.gif + 00000.txt, ...
-    make_shapes('long/', 1000, num_frames=24)             # the same, to take short windows from
+    make_shapes('long/', 1000, num_frames=(8, 24))        # every other one long, to take short windows from
 
 In a long clip it turns round, and the caption of a window must be that window's own. So captions of clips longer than 8 frames
-say from which frame on they are true (see folder.py):
+say from which frame on they are true (see folder.py). Where the wall is less than two steps ahead, the circle is `turning`: a
+window that begins there says nothing of the way it goes first.
 
     0: a red circle moving left
+    7: a red circle turning
     9: a red circle moving right
 
 Axes: c colour channel, f frame, h height, w width; n any number of frames.
@@ -36,6 +38,7 @@ COLOURS = {                              # near the corners of the RGB cube: no 
     'cyan': (0.15, 0.90, 0.90),
 }
 DIRECTIONS = {'left': (-1, 0), 'right': (1, 0), 'up': (0, -1), 'down': (0, 1)}     # (x, y)
+TURNING = 'turning'                      # soon, at the wall
 
 # Every shape fills a box of side 2 * radius. The area is what it covers, over radius squared; the
 # drop is how far its centre of mass lies below the middle of the box, over radius.
@@ -54,13 +57,14 @@ def captions() -> list[str]:
             for shape in SHAPES for colour in COLOURS for direction in DIRECTIONS]
 
 
-def make_shapes(folder, count: int, image_size: int = 32, num_frames: int = 8, seed: int = 0) -> Path:
-    """Write `count` random clips as `00000.gif`, ... and their captions as `00000.txt`, ... beside them."""
+def make_shapes(folder, count: int, image_size: int = 32, num_frames: int | tuple[int, ...] = 8, seed: int = 0) -> Path:
+    """Write `count` random clips as `00000.gif`, ... and their captions as `00000.txt`, ... beside them. Lengths take turns."""
     whole('count', count, 1)
     folder, clip_seeds = Path(folder), random.Random(seed)
+    lengths = (num_frames,) if isinstance(num_frames, int) else num_frames
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        seed = clip_seeds.getrandbits(48)
+        seed, num_frames = clip_seeds.getrandbits(48), lengths[index % len(lengths)]
         video_tensor_to_gif(random_clip(seed, image_size, num_frames)[0], folder / f'{index:05d}.gif')
         (folder / f'{index:05d}.txt').write_text('\n'.join(label(seed, num_frames)) + '\n', encoding='utf-8')
     return folder
@@ -125,12 +129,15 @@ def movements(direction: str, seed: int, num_frames: int) -> list[tuple[int, str
     x, y, _ = motion(direction, seed, num_frames, after=2)
     place = torch.stack((x, y), dim=1)
     ways = torch.tensor(list(DIRECTIONS.values()), dtype=torch.float)
-    way = ((place[2:] - place[:-2]) @ ways.T).argmax(dim=1).tolist()        # of the two steps after each frame
-    return [(frame, list(DIRECTIONS)[way[frame]]) for frame in range(num_frames) if frame == 0 or way[frame] != way[frame - 1]]
+    steps = (place[1:] - place[:-1]) @ ways.T                               # f+1 way
+    whole_steps = steps > 0.99 * steps.max()                                # not cut short by a wall
+    both = whole_steps[1:] & whole_steps[:-1]                               # f way
+    way = [next((name for name, goes in zip(DIRECTIONS, frame) if goes), TURNING) for frame in both.tolist()]
+    return [(frame, way[frame]) for frame in range(num_frames) if frame == 0 or way[frame] != way[frame - 1]]
 
 
 def caption_of(shape: str, colour: str, direction: str) -> str:
-    return f'a {colour} {shape} moving {direction}'
+    return f'a {colour} {shape} ' + (TURNING if direction == TURNING else f'moving {direction}')
 
 
 def fold(distance: torch.Tensor, length) -> torch.Tensor:

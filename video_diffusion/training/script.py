@@ -6,6 +6,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from ..data import shapes
@@ -107,7 +108,7 @@ def raised_here(error: Exception) -> bool:
     return package in file.parents or file.parent == package.parent
 
 
-def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: Processes) -> Path:
+def draw_toy_world(folder: Path, count: int, size: int, frames: tuple[int, ...], processes: Processes) -> Path:
     """The toy world in `folder`, drawn if it is not there yet. Another run may be drawing it as well: the first one's counts."""
     def draw():
         if folder.exists():
@@ -124,9 +125,10 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: int, processes: 
     processes.by_main(draw)
     clips = ClipFolder(folder)
     there = len(clips.paths), *clips.shape()
-    if there != (count, frames, size, size):
+    typical = int(median(frames))
+    if there != (count, typical, size, size):
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
-                         f'world asked for ({count} clips of {frames} frames of {size}x{size}): remove it first')
+                         f'world asked for ({count} clips of {typical} frames of {size}x{size}): remove it first')
     return folder
 
 
