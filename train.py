@@ -389,7 +389,7 @@ def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | 
 
 def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:
     """Say what a step needs. A GPU that has no room for the default batch gets a part of it, and as many more passes in a step."""
-    need, asked = estimate(diffusion, muon=bool(args.muon_lr)), args.batch_size
+    need, asked = estimate(diffusion, bool(args.muon_lr), processes.device), args.batch_size
     if processes.device.type == 'cuda' and 'batch_size' not in given:
         room = torch.cuda.mem_get_info(processes.device)[0]
         while processes.any(args.batch_size > need.fitting(args.batch_size, room)):        # of all GPUs the one with least room

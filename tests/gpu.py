@@ -193,7 +193,7 @@ def fused(day: Day, network: nn.Module, step) -> tuple[int, float]:
 def memory_estimate(day: Day) -> dict:
     """Against what the same step really takes, in float32."""
     diffusion = day.diffusion(day.unet())
-    need, clips = estimate(diffusion), max(1, day.shape[0] // 4)
+    need, clips = estimate(diffusion, device=day.device), max(1, day.shape[0] // 4)
     diffusion, video = diffusion.to(day.device), torch.rand(clips, *day.shape[1:], device=day.device)
     real = day.peak_mb(lambda: diffusion(video).backward())
     guess = (need.gradients + clips * need.per_clip) / 2 ** 20

@@ -43,6 +43,15 @@ def test_the_estimate_is_what_a_step_really_takes(make):
     assert need.gradients + clips * need.per_clip == pytest.approx(real, rel=0.15)
 
 
+def test_the_estimate_for_a_gpu():
+    """Which takes layers whole that a CPU takes in slices. 5755 MB were measured on an H100, by `python tests/gpu.py --parts 2`."""
+    with torch.device('meta'):
+        diffusion = GaussianDiffusion(Unet3D(64), image_size=64, num_frames=10)
+    need = estimate(diffusion, device=torch.device('cuda'))
+    assert (need.gradients + 8 * need.per_clip) / 2 ** 20 == pytest.approx(5755, rel=0.05)
+    assert need.per_clip > 1.5 * estimate(diffusion).per_clip
+
+
 @pytest.mark.parametrize('muon', [False, True])
 def test_what_stands_is_weights_average_and_moments(muon):
     diffusion = toy()

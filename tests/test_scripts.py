@@ -138,7 +138,7 @@ def test_a_model_whose_frames_have_noise_of_their_own(run):
     """Its toy world is long, windows of it have captions of their own; it goes on from frames, and on, as captions take turns."""
     code, out, _ = run('train.py', *SMALL, '--toy-clips', 8, '--frame-noise', 'independent', '--num-frames', 4)
     assert code == 0 and 'grade of 64 clips: ' in out
-    assert gif_to_tensor('data/shapes-long/00000.gif').shape[1] == 12
+    assert [gif_to_tensor(f'data/shapes-long/0000{i}.gif').shape[1] for i in range(4)] == [4, 12, 4, 12]
     assert checkpoint.load(checkpoint.newest('results'))['config']['diffusion']['frame_noise'] == 'independent'
     draw = 'sample.py', 'results', '--device', 'cpu', '--steps', 2, '--prompt', 'a red circle moving left => a red circle moving up'
     code, out, _ = run(*draw, '--first-frames', 'data/shapes-long/00000.gif', '--known', 2, '--frames', 11, '--history-scale', 1.5)
@@ -200,7 +200,7 @@ def test_a_transformer_instead_of_the_unet_in_pixels_and_in_latents(run, clips):
 @pytest.mark.parametrize('args, sentence', [
     (['nowhere'], 'there is no folder nowhere'),
     (['empty'], 'no clip in empty: looked for files ending in .gif'),
-    (['CLIPS', '--image-size', '7'], 'multiples of 2'),
+    (['CLIPS', '--image-size', '7'], 'multiples of 4'),
     (['CLIPS', '--image-size', '8', '8', '8'], 'image-size'),
     (['CLIPS', '--batch-size', '0'], 'train_batch_size=0'),
     (['CLIPS', '--zero-snr', '--objective', 'noise'], "Give objective='v' or 'x0'"),

@@ -27,11 +27,12 @@ from torch.utils.checkpoint import checkpoint
 
 LITTLE = 2 ** 22        # numbers, 16 MB: a layer that makes no more of its input keeps them
 SLICE = 2 ** 20         # numbers that a slice becomes: 4 MB, and in the backward pass a few times that
+meta_is_cpu = True      # for what device tensors without numbers stand: see memory.py
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether to do what is fastest on a CPU. Tensors without numbers count as there: see memory.py."""
-    return x.device.type in ('cpu', 'meta')
+    """Whether to do what is fastest on a CPU."""
+    return x.device.type == 'cpu' or x.device.type == 'meta' and meta_is_cpu
 
 
 def recompute(function: Callable, *inputs):
