@@ -6,10 +6,10 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import together
 import torch
 from test_cogvideox import HEIGHT, LENGTH, WIDTH, folder  # noqa: F401, folder is a fixture: a model folder of a kind
 from test_scripts import run  # noqa: F401, a fixture: a script in this process
@@ -155,8 +155,8 @@ def test_two_processes_that_share_the_weights_train_like_one(run, folder, clips)
     path = folder('sincos')
     common = [str(flag) for flag in (clips, '--model', path, *SMALL, '--held-out', 2, '--lr', 1e-3)]
     assert run('train.py', *common, '--results', 'one')[0] == 0
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29633', str(ROOT / 'train.py'),
-                    *common, '--results', 'two', '--batch-size', '1', '--shard'], check=True, timeout=200)
+    subprocess.run([*together.COMMAND, '2', str(ROOT / 'train.py'), *common, '--results', 'two', '--batch-size', '1', '--shard'],
+                   check=True, timeout=200)
     one, two = checkpoint.load_run('one'), checkpoint.load_run('two')
     assert_same_state(two['model'], one['model'], tolerance=1e-5)
     with open('one/log.csv') as a, open('two/log.csv') as b:

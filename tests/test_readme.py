@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import test_cogvideox
+import together
 import torch
 from nbclient import NotebookClient
 from PIL import Image
@@ -66,8 +67,8 @@ def test_every_shell_block_runs(block, desk, monkeypatch):
         if not words or words[0] in ('pip', 'git'):
             continue
         if words[0] == 'torchrun':
-            command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
-                       str(ROOT / words[2]), *words[3:]]
+            torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
+            command = [*([*together.COMMAND, '2'] if '--shard' in words else torchrun), str(ROOT / words[2]), *words[3:]]
             subprocess.run(command, check=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         else:
             assert words[0] == 'python', line

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import together
 import torch
 from PIL import Image
 
@@ -303,7 +304,7 @@ def test_sampling_is_shared_among_processes(run, clips, tmp_path):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a\nb\nc\n')
     common = [str(ROOT / 'sample.py'), 'results', '--prompts-file', 'prompts.txt', '--batch-size', '1', '--device', 'cpu']
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29592', *common, '--out', 'two'],
+    subprocess.run([*together.COMMAND, '2', *common, '--out', 'two'],
                    check=True, capture_output=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     run('sample.py', *common[1:], '--out', 'one')
     assert torch.allclose(gif_to_tensor('one/all.gif'), gif_to_tensor('two/all.gif'), atol=2 / 255)
