@@ -405,6 +405,7 @@ def encode_while_another(rank, fate):
         return str(error), time.time() - start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fate', ['dies', 'hangs'])
 def test_a_process_that_is_gone_stops_the_others_with_its_name(fate):
     workers = Workers(2, timeout=3.)

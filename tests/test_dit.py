@@ -182,6 +182,7 @@ def test_without_gradients_it_says_the_same():
     torch.testing.assert_close(alone, dit(**draw(dit)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_is_one_graph_without_complex_numbers():
     dit = like_theirs(make_peer('5b-i2v'))
     fused = torch.compile(dit, backend='eager', fullgraph=True)

@@ -216,6 +216,7 @@ def test_known_frames(known_by):
         assert diffusion.sample_long(9, batch_size=2, steps=1, sampler='ddim', progress=False).shape[2] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('known_by', ['network', 'guide'])
 def test_known_frames_of_latents(known_by):
     diffusion = latent(told=0.5)
@@ -227,6 +228,7 @@ def test_known_frames_of_latents(known_by):
         assert diffusion.sample_long(9, batch_size=2, steps=1, sampler='ddim', progress=False).shape[2] == 9
 
 
+@pytest.mark.slow
 def test_guidance():
     diffusion = pixels(unet(cond_dim=6))
     with fake_gpu(CUDA):
@@ -246,6 +248,7 @@ def test_there_and_back(name):
         assert diffusion.interpolate(video, video, t=0, cond=cond, seed=1, progress=False).device == CUDA
 
 
+@pytest.mark.slow
 def test_the_terms_of_the_paper():
     diffusion = pixels(unet())
     with fake_gpu(CUDA):
@@ -260,6 +263,7 @@ def test_the_terms_of_the_paper():
 
 # Parts on their own
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [causal, lambda: causal(norm_scope='clip'), temporal])
 def test_vaes_whole_in_chunks_in_tiles_and_as_a_stream(make):
     vae = make()
@@ -312,6 +316,7 @@ def clips(tmp_path_factory):
     return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 12, image_size=SIZE, num_frames=FRAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('muon_lr', [None, 0.01])
 def test_no_step_of_training_waits(muon_lr, clips, tmp_path):
     trainer = Trainer(pixels(unet(cond_dim=6)), clips, train_batch_size=2, train_num_steps=9, max_grad_norm=1., muon_lr=muon_lr,
@@ -328,6 +333,7 @@ def test_no_step_of_training_waits(muon_lr, clips, tmp_path):
     assert gpu.waits == [] and trainer.step == 2 and trainer.pending[0][1].device == META
 
 
+@pytest.mark.slow
 def test_no_step_of_a_vae_waits(clips, tmp_path, vgg):
     trainer = VAETrainer(causal(), clips, image_size=SIZE, num_frames=FRAMES, disc_start=1, image_share=0.5, learn_logvar=True,
                          perceptual=PerceptualLoss(vgg), train_batch_size=2, train_num_steps=9, max_grad_norm=1.,

@@ -202,6 +202,7 @@ def test_a_model_of_this_library_too(run, network):
     assert checkpoint.load_run('all')['config']['diffusion'] == checkpoint.load_run('base')['config']['diffusion']
 
 
+@pytest.mark.slow
 def test_one_clip_is_learnt_by_heart(folder, tmp_path):
     """At fixed noise the loss on it falls by half."""
     clip = shapes.make_shapes(tmp_path / 'clip', 1, image_size=24, num_frames=9)

@@ -174,6 +174,7 @@ def test_small_files_stay_small_in_memory(tmp_path, monkeypatch):
         read_clip(tmp_path / 'long.gif')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['gif', 'png'])
 def test_a_hostile_file_takes_no_gigabyte(tmp_path, kind):
     """The largest picture that is taken, of a GIF with stickers that cover it and come back: in its own process, to measure it."""
@@ -267,6 +268,7 @@ def test_the_rate_of_a_folder(folder):
     assert GifDataset(clips, 8).fps == pytest.approx(20) and GifDataset(clips, 8, fps=5).fps == 5
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_clips(tmp_path, slow):
     """Twenty seconds, of one core and not of a clock that others move too, and 200 MB; in its own process, to measure it. Without
     --slow a twentieth of that."""

@@ -318,6 +318,7 @@ def test_the_network_is_told_the_whole_clip_small():
     assert not torch.allclose(ddim(diffusion, low_res=small.flip(0)), drawn, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_network_that_enlarges_learns_to_use_the_small_clip():
     """Of pure noise nothing can be said but what the small clip says: here, the colour of a clip that has but one."""
     diffusion = make(told=1., low_res=4, objective='x0')
@@ -402,6 +403,7 @@ def save_vae(folder):
                      'ema': {'average': weights, 'updates': 1}}, folder / 'model-1.pt')
 
 
+@pytest.mark.slow
 def test_the_command_line_from_a_vae_to_samples(clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_vae(tmp_path / 'results_vae')

@@ -178,6 +178,7 @@ def test_targets_choose_layers_and_a_wrong_one_is_told_what_there_is():
         add_lora(model, 0)
 
 
+@pytest.mark.slow
 def test_it_can_be_copied_and_compiled():
     model, x = build('transformer')
     add_lora(model, rank=3)

@@ -43,6 +43,7 @@ def test_the_estimate_is_what_a_step_really_takes(make):
     assert need.gradients + clips * need.per_clip == pytest.approx(real, rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_estimate_for_a_gpu():
     """Which takes layers whole that a CPU takes in slices. 5755 MB were measured on an H100, by `python tests/gpu.py --parts 2`."""
     with torch.device('meta'):

@@ -123,6 +123,7 @@ def test_which_weights_are_matrices():
     assert len(matrices) + len(others) == sum(w.requires_grad for w in diffusion.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [1, 2])
 def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):  # noqa: F811
     settings = dict(muon_lr=0.02, save_and_sample_every=1, train_num_steps=3)

@@ -43,6 +43,7 @@ def clips(tmp_path_factory):
     return shapes.make_shapes(tmp_path_factory.mktemp('clips'), 6, image_size=20, num_frames=3)
 
 
+@pytest.mark.slow
 def test_the_toy_world_from_nothing_to_samples(run, tmp_path):
     code, out, _ = run('train.py', *SMALL, '--toy-clips', 8)
     assert code == 0
@@ -135,6 +136,7 @@ def test_videos_that_go_on_from_a_clip(run, clips):
         assert code == 2 and says in err and len(err.splitlines()) == 1, err
 
 
+@pytest.mark.slow
 def test_a_model_whose_frames_have_noise_of_their_own(run):
     """Its toy world is long, windows of it have captions of their own; it goes on from frames, and on, as captions take turns."""
     code, out, _ = run('train.py', *SMALL, '--toy-clips', 8, '--frame-noise', 'independent', '--num-frames', 4)
@@ -215,6 +217,7 @@ def test_train_errors_are_one_line_and_exit_2(run, clips, args, sentence):
     assert code == 2 and len(complaint) == 1 and sentence in complaint[0] and 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_sample_errors_are_one_line_and_exit_2(run, clips):
     run('train.py', clips, *SMALL)
     run('train.py', clips, *SMALL, '--unconditional', '--results', 'free')
@@ -240,6 +243,7 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
         assert code == 2 and len(complaint) == 1 and sentence in complaint[0] and 'Traceback' not in err, args
 
 
+@pytest.mark.slow
 def test_help_says_every_default_in_few_lines():
     for script, most in (('train.py', 122), ('sample.py', 70)):
         text = subprocess.run([sys.executable, str(ROOT / script), '--help'], capture_output=True, text=True, check=True,
@@ -349,6 +353,7 @@ def test_clips_are_cut_to_what_fits_the_vae(run, clips):
     assert code == 0 and gif_to_tensor('samples/odd.gif').shape == (3, 6, 16, 22)
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_over_weights_and_their_sizes(run):
     source = CausalVAE(dim=4, dim_mults=(1, 2), latent_channels=2, blocks_per_level=1, time_compression=2, norm_groups=2)
     causal_vae_to_diffusers(source, 'given')
@@ -361,6 +366,7 @@ def test_fine_tuning_takes_over_weights_and_their_sizes(run):
     assert set(state) - same == {'decoder.conv_out.weight', 'decoder.conv_out.bias'}
 
 
+@pytest.mark.slow
 def test_errors_about_vaes_are_one_line_and_exit_2(run, clips):
     run('train.py', clips, *SMALL, '--unconditional')
     run('train.py', shapes.make_shapes('toy', 10, image_size=16, num_frames=3), *SMALL_VAE)

@@ -125,6 +125,7 @@ def test_a_run_goes_on_with_another_number_of_processes(train_on, whole, tmp_pat
         assert_same_run(whole, results)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_whole_goes_on_sharded_and_is_sampled_from(train_on, whole, tmp_path):
     train_on(1, tmp_path, steps=2)
     train_on(2, tmp_path, shard=True, resume=True)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import together
 import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
@@ -405,8 +406,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(clips, tmp_path):
         path = tmp_path / f'{name}.py'
         path.write_text(TWO.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(tmp_path / name), batch=batch))
         return str(path)
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29591']
-    subprocess.run([*torchrun, code('two', 2)], check=True, timeout=200, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    subprocess.run([*together.COMMAND, '2', code('two', 2)], check=True, timeout=200, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     subprocess.run([sys.executable, code('one', 4)], check=True, timeout=100, capture_output=True)
     two, one = (checkpoint.load(checkpoint.newest(tmp_path / name)) for name in ('two', 'one'))
     two['optimizer'] = two['optimizer']['state']; one['optimizer'] = one['optimizer']['state']
@@ -438,13 +438,14 @@ distributed.close()
 """
 
 
+@pytest.mark.slow
 def test_processes_that_begin_with_other_weights_average_the_same_ones(clips, tmp_path):
     """The average is taken of weights that are alike already; else rank 1 would draw its samples from foreign ones."""
     results = tmp_path / 'two'
     results.mkdir()
     path = tmp_path / 'two.py'
     path.write_text(DIFFERENT.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(results)))
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29593', str(path)],
+    subprocess.run([*together.COMMAND, '2', str(path)],
                    check=True, timeout=200, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     first, second = (torch.load(results / f'rank{rank}.pt') for rank in (0, 1))
     for part in ('begun', 'ema'):
