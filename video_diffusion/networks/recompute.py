@@ -62,6 +62,11 @@ def in_slices(function: Callable, x: Tensor, dim: int, width: int, *others: Tens
     return Slices.apply(function, dim, size, len(others), x, *others, *(w for w in module.parameters() if w.requires_grad))
 
 
+def slices(x: Tensor, size: int, dim: int) -> tuple[Tensor, ...]:
+    """All of them; of a tensor without numbers two, for the others take no more room: see memory.py."""
+    return x.split(size, dim)[:2 if x.device.type == 'meta' else None]
+
+
 class Slices(torch.autograd.Function):
     """recompute for every slice, which writes where it belongs, so that no slices lie about to be put together."""
 
@@ -72,7 +77,7 @@ class Slices(torch.autograd.Function):
         ctx.autocast = torch.get_autocast_dtype('cpu'), torch.is_autocast_enabled('cpu')
         ctx.save_for_backward(x, *tensors)
         out = torch.empty_like(x)
-        for part, place in zip(x.split(size, dim), out.split(size, dim)):
+        for part, place in zip(slices(x, size, dim), out.split(size, dim)):
             place.copy_(function(part, *tensors[:number]))
         return out
 
@@ -83,7 +88,7 @@ class Slices(torch.autograd.Function):
         others = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:ctx.number]]
         learn = [t for t in (*others, *tensors[ctx.number:]) if t.requires_grad]
         sums, grad_x = [torch.zeros_like(t) for t in learn], torch.empty_like(x)
-        for part, part_grad, place in zip(*(t.split(ctx.size, ctx.dim) for t in (x, grad, grad_x))):
+        for part, part_grad, place in zip(*(slices(t, ctx.size, ctx.dim) for t in (x, grad, grad_x))):
             with torch.enable_grad(), torch.autocast('cpu', *ctx.autocast):
                 part = part.detach().requires_grad_()
                 out = ctx.function(part, *others)
