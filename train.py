@@ -133,7 +133,7 @@ FLAGS = {
         Flag('--objective', OBJECTIVES, None, 'what the network predicts', D),
         Flag('--timesteps', int, 1000, 'diffusion steps', D),
         Flag('--schedule', tuple(SCHEDULES), 'cosine', 'how the noise grows', D),
-        Flag('--schedule-shift', float, None, 'above 1: more noise at every step [of pixels (side / 16) squared, of latents 1]', D),
+        Flag('--schedule-shift', float, None, 'above 1: more noise [of captioned pixels (side / 16) squared, else 1]', D),
         Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
         Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA), 5 is usual', D, metavar='GAMMA'),
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
@@ -331,7 +331,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         network, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
-        schedule_shift=schedule_shift(args, size), zero_snr=args.zero_snr, min_snr_gamma=args.min_snr,
+        schedule_shift=schedule_shift(args, size, captioned), zero_snr=args.zero_snr, min_snr_gamma=args.min_snr,
         offset_noise=args.offset_noise, prob_cond_frames=told, frame_noise=args.frame_noise)
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
@@ -341,11 +341,11 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
                       args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
 
 
-def schedule_shift(args: argparse.Namespace, size: list[int]) -> float:
+def schedule_shift(args: argparse.Namespace, size: list[int], captioned: bool) -> float:
     """Over many pixels noise averages out, so a larger clip needs more of it before only its caption can tell what it shows
     (Hoogeboom et al. 2023, arXiv 2301.11093). 16x16 is what the other settings were chosen at."""
     if args.schedule_shift is None:
-        return 1. if args.vae else max(1., size[1] * size[2] / 16 ** 2)
+        return max(1., size[1] * size[2] / 16 ** 2) if captioned and not args.vae else 1.
     return args.schedule_shift
 
 

@@ -68,13 +68,13 @@ def test_the_toy_world_from_nothing_to_samples(run, tmp_path):
 def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     code, out, _ = run('train.py', clips, *SMALL)
     assert code == 0 and '3 frames of 20x20' in out and 'with captions' in out and 'grade' not in out
-    code, out, _ = run('train.py', clips, *SMALL, '--unconditional', '--results', 'free', '--image-size', 8, 12, '--num-frames', 2)
-    assert code == 0 and '2 frames of 8x12' in out
+    code, out, _ = run('train.py', clips, *SMALL, '--unconditional', '--results', 'free', '--image-size', 32, 12, '--num-frames', 2)
+    assert code == 0 and '2 frames of 32x12' in out
     code, _, _ = run('train.py', clips, *SMALL, '--results', 'wide', '--image-size', 16, 32)
     shift = [checkpoint.load(checkpoint.newest(folder))['config']['diffusion']['schedule_shift'] for folder in ('results', 'free', 'wide')]
-    assert code == 0 and shift == [20 * 20 / 16 ** 2, 1., 2.]                # more noise where there are more pixels
+    assert code == 0 and shift == [20 * 20 / 16 ** 2, 1., 2.]                # more noise where there are captions and more pixels
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
-    assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 8, 12)
+    assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 32, 12)
 
 
 def test_a_folder_of_films_in_and_films_out(run):
