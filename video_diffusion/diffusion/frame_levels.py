@@ -29,7 +29,7 @@ from torch import Tensor
 
 CLEAN = -1
 LOW = 0.15                  # of all steps: known frames are trained with up to so much noise, for what a model drew is not perfect
-SILENT = 0.9                # of the clips that are told frames have no caption: the frames show it, and later windows have none
+SILENT = 0.7                # of the clips that are told frames have no caption: the frames show it, and later windows have none
 
 
 def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
@@ -42,13 +42,13 @@ def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
 def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
     """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
 
-    Of 20 clips 9 have one step for all frames, so that a video can be drawn from its caption alone, and 9 are told some frames, at
+    Of 20 clips 11 have one step for all frames, so that a video can be drawn from its caption alone, and 7 are told some frames, at
     step 0 or slightly noisy, and have the others at one step. In 2 each frame has a step that has nothing to do with those
     of the others, which is what a staircase needs, and any other matrix.
     """
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
-    told = (0.45 <= kind) & (kind < 0.9) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25)
+    told = (0.55 <= kind) & (kind < 0.9) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25)
     known = ((2 * low - 1).clamp(min=0) * LOW * timesteps).long()                       # half of them 0
     own = torch.randint(0, timesteps, (len(t), frames), **where)
     return torch.where(kind >= 0.9, own, torch.where(told, known, t[:, None]))
