@@ -61,7 +61,7 @@ from video_diffusion.weights.cogvideox import INDEX
 # --network dit (CPU, GPU) where that is not as for the U-Net. The CPU columns are for about ten minutes on the toy world, which the
 # U-Net learns in that time; a transformer, to which nothing is near or far at first, needs far more clips.
 DEFAULTS = {
-    'image_size':       ((16, 32),               (32, 32)),     # of the toy world; yours keep theirs up to max_size
+    'image_size':       ((32, 32),               (32, 32), (16, 32)),      # of the toy world; yours keep theirs up to max_size
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
@@ -79,9 +79,9 @@ DEFAULTS = {
     'objective':        (('x0', 'x0'),           None),         # of x0 the last steps of sampling are free of grain
     'lr':               ((2e-3, 2e-3),           (2e-3, 2e-4), (0.01, 5e-4)),
     'muon_lr':          ((0.01, 0.01),           None,     (0.04, None)),
-    'steps':            ((1300, 4000),           (800, 20000), (2000, 10000)),
+    'steps':            ((1500, 4000),           (800, 20000), (2000, 10000)),
     'image_steps':      (None,                   (600, 5000)),
-    'sample_every':     ((650, 1000),            (200, 1000), (1000, 1000)),
+    'sample_every':     ((750, 1000),            (200, 1000), (1000, 1000)),
 }
 
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
@@ -99,6 +99,7 @@ FLAGS = {
         Flag('--image-size', int, None, 'side, or height and width; clips of yours keep theirs, up to 32 | 64', many=True),
         Flag('--num-frames', int, None, 'frames per clip; clips of yours keep theirs, up to 8 | 16'),
         Flag('--channels', int, 3, '1 grey, 3 RGB, 4 RGBA'),
+        Flag('--quick', bool, False, 'a toy world of 16x16, learnt in less than half of the time', D),
         Flag('--toy-clips', int, 4000, 'clips of the toy world'),
         Flag('--unconditional', bool, False, 'do not use the captions', D),
         Flag('--images', bool, False, 'train on png and jpg files of the folder too, as frames without motion', D),
@@ -132,7 +133,7 @@ FLAGS = {
         Flag('--objective', OBJECTIVES, None, 'what the network predicts', D),
         Flag('--timesteps', int, 1000, 'diffusion steps', D),
         Flag('--schedule', tuple(SCHEDULES), 'cosine', 'how the noise grows', D),
-        Flag('--schedule-shift', float, 1., 'above 1: more noise at every step', D),
+        Flag('--schedule-shift', float, None, 'above 1: more noise [of captioned pixels (side / 16) squared, else 1]', D),
         Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
         Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA), 5 is usual', D, metavar='GAMMA'),
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
@@ -231,6 +232,8 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
     if idle:
         raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with {beside}')
     for idle, sentence in [
+        (args.quick and (args.folder or args.vae or args.model or args.image_size), '--quick: it is a size of the toy world, so '
+         'leave folders, --vae, --model and --image-size out'),
         ('toy_clips' in given and args.folder, '--toy-clips: the toy world is drawn only where no folder is given'),
         ('channels' in given and args.vae, '--channels: with --vae they are those of the VAE'),
         ('seed' in given and args.resume, '--seed: a run that goes on keeps its own'),
@@ -258,10 +261,10 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
 def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> None:
     """What was not given depends on the device; the size of the clips only where we draw them."""
     args.results = args.results or ('results_vae' if args.stage == V else 'results')
+    if args.quick:
+        args.image_size, args.steps = args.image_size or 16, args.steps or 1300
     if args.init and args.image_steps is None:
         args.image_steps = 0                     # what these weights know about motion is to be kept
-    if args.vae and not args.folder:
-        args.image_size = args.image_size or 32  # small clips leave too little of a latent
     if args.vae and args.network == 'unet' and args.patch is None:
         args.patch = 1
     if 'sample_steps' not in given:
@@ -280,7 +283,7 @@ def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> Non
 def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Path:
     if not isinstance(args.image_size, int):
         raise ValueError(f'--image-size {" ".join(map(str, args.image_size))}: the toy world is square, so give one number')
-    folder = Path(f'data/shapes-{args.image_size}' if args.stage == V or args.vae else 'data/shapes')
+    folder = Path(f'data/shapes-{args.image_size}')
     frames = (args.num_frames,)
     if args.frame_noise == 'independent':        # a model that goes on for ever learns from windows that begin anywhere, too
         folder, frames, args.random_window = folder.with_name(f'{folder.name}-long'), (args.num_frames, 3 * args.num_frames), True
@@ -328,14 +331,22 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         network, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps,
         loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
-        schedule_shift=args.schedule_shift, zero_snr=args.zero_snr, min_snr_gamma=args.min_snr, offset_noise=args.offset_noise,
-        prob_cond_frames=told, frame_noise=args.frame_noise)
+        schedule_shift=schedule_shift(args, size, captioned), zero_snr=args.zero_snr, min_snr_gamma=args.min_snr,
+        offset_noise=args.offset_noise, prob_cond_frames=told, frame_noise=args.frame_noise)
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
     choose_batch(args, given, diffusion, processes)
     return trainer_of(args, diffusion, folder, processes, noise_bias=(2. if captioned else 1.) if args.noise_bias is None else
                       args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
+
+
+def schedule_shift(args: argparse.Namespace, size: list[int], captioned: bool) -> float:
+    """Over many pixels noise averages out, so a larger clip needs more of it before only its caption can tell what it shows
+    (Hoogeboom et al. 2023, arXiv 2301.11093). 16x16 is what the other settings were chosen at."""
+    if args.schedule_shift is None:
+        return max(1., size[1] * size[2] / 16 ** 2) if captioned and not args.vae else 1.
+    return args.schedule_shift
 
 
 def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:

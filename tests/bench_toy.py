@@ -2,7 +2,7 @@
 
     python tests/bench_toy.py --seeds 5                         # a table of train.py's default, in runs_toy/
     python tests/bench_toy.py --seeds 3 -- --image-size 32      # what follows the two dashes goes to train.py
-    python tests/bench_toy.py --peer --minutes 10 --samples 4   # the public package; needs data/shapes from train.py
+    python tests/bench_toy.py --peer --minutes 10 --samples 4   # the public package; needs data/shapes-16 from train.py --quick
 
 One thread for each run, two runs side by side; what counts are the CPU seconds of the whole command, which do not depend on
 who else is at work. Each model draws 64 clips for each sampler. Ground noise is the mean over clips of the 60th percentile
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, default=5, help='how many (default: 5)')
     parser.add_argument('--results', default='runs_toy', help='folder of the runs; one that is done is not repeated')
     parser.add_argument('--peer', action='store_true', help='run the public package instead')
-    parser.add_argument('--folder', default='data/shapes', help='of the peer (default: data/shapes)')
+    parser.add_argument('--folder', default='data/shapes-16', help='of the peer (default: data/shapes-16)')
     parser.add_argument('--minutes', type=float, default=10, help='of the peer (default: 10)')
     parser.add_argument('--samples', type=int, default=4, help='of the peer (default: 4; each takes a minute or more)')
     parser.add_argument('--dim', type=int, default=64, help='of the peer (default: 64)')

@@ -3,6 +3,8 @@
     python tests/real_clips.py make data/fish                                # fetches the films, cuts 600 clips of 32x32
     python train.py data/fish --channels 1 --known-frames 0.5 --results results_fish
     python tests/real_clips.py grade results_fish                            # two frames of the second film, and the next six
+    python train.py data/fish --channels 1 --stage vae --results vae_fish    # and a VAE
+    python tests/real_clips.py reconstruct vae_fish                          # of the second film
 
 The films come from the wheel of idtrackerai, which is fetched by pip and unzipped, but neither installed nor kept here. What is
 reported is PSNR of the continuation, and that of the trivial one, which repeats the last frame that is known.
@@ -18,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from video_diffusion import diffusion_from_checkpoint, video_tensor_to_gif
+from video_diffusion import diffusion_from_checkpoint, vae_from_checkpoint, video_tensor_to_gif
 from video_diffusion.data.folder import read_clip
-from video_diffusion.vae.metrics import psnr
+from video_diffusion.vae.metrics import psnr, ssim
 
 FRAMES, SIDE, KNOWN = 8, 32, 2
 
@@ -66,8 +68,15 @@ def grade(results: str) -> None:
     video_tensor_to_gif(torch.cat([clips, drawn], dim=-1)[:16], Path(results) / 'fish.gif', duration=70)
 
 
+def reconstruct(results: str) -> None:
+    clips, vae = moving(film('test_B'), stride=30), vae_from_checkpoint(results)
+    with torch.no_grad():
+        again = torch.cat([vae(some, sample=False)[0] for some in clips.split(16)]).clamp(0, 1)
+    print(f'{len(clips)} clips: {psnr(again, clips).mean():.1f} dB PSNR, {ssim(again, clips).mean():.3f} SSIM')
+
+
 if __name__ == '__main__':
     what, where = sys.argv[1:] if len(sys.argv) == 3 else ('', '')
-    if what not in ('make', 'grade'):
+    if what not in ('make', 'grade', 'reconstruct'):
         sys.exit(__doc__)
-    {'make': make, 'grade': grade}[what](where)
+    {'make': make, 'grade': grade, 'reconstruct': reconstruct}[what](where)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_fake_device import SHAPE, causal, dit, latent, unet
+from torch import nn
 
-from video_diffusion import Unet3D
+from video_diffusion import DiT, Unet3D
 from video_diffusion.networks import dit as dit_room
 from video_diffusion.networks import recompute, unet_blocks
 from video_diffusion.networks.attention import attend
@@ -69,16 +70,24 @@ def test_the_script_for_the_day_with_a_gpu_runs(tmp_path):
                               env=dict(os.environ, OMP_NUM_THREADS='1'))
         rows = [json.loads(line) for line in (tmp_path / 'gpu.jsonl').read_text().splitlines()]
         assert done.returncode == 0, [row for row in rows if 'error' in row or row.get('wrong')] or done.stderr[-2000:]
-        assert len(rows) == len({row['check'] for row in rows}) == 11
+        assert len(rows) == len({row['check'] for row in rows}) == 13
     assert {row['part'] for row in rows} == {1, 2, 3, 4}
-    assert done.stdout.count('\n| ') >= 11                                  # the table
+    assert done.stdout.count('\n| ') >= 13                                  # the table
 
 
 @pytest.mark.slow
-def test_the_unet_is_exported_for_any_number_of_clips_and_frames():
-    unet = Unet3D(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
+@pytest.mark.parametrize('make', [
+    lambda: Unet3D(8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8),
+    lambda: DiT(32, dim_head=16, depth=1),
+    lambda: DiT(32, dim_head=16, depth=1, positions='sincos'),
+], ids=['unet', 'dit', 'dit-sincos'])
+def test_networks_are_exported_for_any_number_of_clips_and_frames(make):
+    network = make()
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=0.1)                                    # a DiT's gates begin shut
     clips, frames = (torch.export.Dim(name, min=2, max=64) for name in ('clips', 'frames'))
     x, t = torch.randn(3, 3, 5, 16, 16), torch.tensor([1, 2, 3])
-    program = torch.export.export(unet, (x, t), dynamic_shapes=({0: clips, 2: frames}, {0: clips}), strict=False).module()
+    program = torch.export.export(network, (x, t), dynamic_shapes=({0: clips, 2: frames}, {0: clips}), strict=False).module()
     other = torch.randn(4, 3, 7, 16, 16), torch.arange(4)
-    torch.testing.assert_close(program(*other), unet(*other))
+    torch.testing.assert_close(program(*other), network(*other))
+    assert network(*other).abs().max() > 0.01

@@ -45,9 +45,9 @@ def clips(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_toy_world_from_nothing_to_samples(run, tmp_path):
-    code, out, _ = run('train.py', *SMALL, '--toy-clips', 8)
+    code, out, _ = run('train.py', *SMALL, '--quick', '--toy-clips', 8)
     assert code == 0
-    assert len(list(Path('data/shapes').glob('*.gif'))) == 8
+    assert len(list(Path('data/shapes-16').glob('*.gif'))) == 8
     assert 'grade of 64 clips: ' in out and '% lawful, ' in out and '% caption-true' in out
     assert 'python sample.py results --prompt "' in out
     assert gif_to_tensor('results/graded.gif').shape[1] == 8
@@ -59,21 +59,24 @@ def test_the_toy_world_from_nothing_to_samples(run, tmp_path):
     assert gif_to_tensor(f'samples/{names[0]}').shape == (3, 8, 16, 16)
 
     # A second run must not destroy the first, and --resume must go on from it.
-    code, _, err = run('train.py', *SMALL, '--toy-clips', 8)
+    code, _, err = run('train.py', *SMALL, '--quick', '--toy-clips', 8)
     assert code == 2 and 'already holds a run' in err
-    code, out, _ = run('train.py', *SMALL, '--toy-clips', 8, '--resume', '--steps', 3)
+    code, out, _ = run('train.py', *SMALL, '--quick', '--toy-clips', 8, '--resume', '--steps', 3)
     assert code == 0 and checkpoint.load(checkpoint.newest('results'))['step'] == 3
-    code, _, err = run('train.py', *SMALL, '--toy-clips', 9, '--results', 'other')
+    code, _, err = run('train.py', *SMALL, '--quick', '--toy-clips', 9, '--results', 'other')
     assert code == 2 and 'holds 8 clips of 8 frames of 16x16' in err
 
 
 def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     code, out, _ = run('train.py', clips, *SMALL)
     assert code == 0 and '3 frames of 20x20' in out and 'with captions' in out and 'grade' not in out
-    code, out, _ = run('train.py', clips, *SMALL, '--unconditional', '--results', 'free', '--image-size', 8, 12, '--num-frames', 2)
-    assert code == 0 and '2 frames of 8x12' in out
+    code, out, _ = run('train.py', clips, *SMALL, '--unconditional', '--results', 'free', '--image-size', 32, 12, '--num-frames', 2)
+    assert code == 0 and '2 frames of 32x12' in out
+    code, _, _ = run('train.py', clips, *SMALL, '--results', 'wide', '--image-size', 16, 32)
+    shift = [checkpoint.load(checkpoint.newest(folder))['config']['diffusion']['schedule_shift'] for folder in ('results', 'free', 'wide')]
+    assert code == 0 and shift == [20 * 20 / 16 ** 2, 1., 2.]                # more noise where there are captions and more pixels
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
-    assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 8, 12)
+    assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 32, 12)
 
 
 def test_a_folder_of_films_in_and_films_out(run):
@@ -139,17 +142,17 @@ def test_videos_that_go_on_from_a_clip(run, clips):
 @pytest.mark.slow
 def test_a_model_whose_frames_have_noise_of_their_own(run):
     """Its toy world is long, windows of it have captions of their own; it goes on from frames, and on, as captions take turns."""
-    code, out, _ = run('train.py', *SMALL, '--toy-clips', 8, '--frame-noise', 'independent', '--num-frames', 4)
+    code, out, _ = run('train.py', *SMALL, '--quick', '--toy-clips', 8, '--frame-noise', 'independent', '--num-frames', 4)
     assert code == 0 and 'grade of 64 clips: ' in out
-    assert [gif_to_tensor(f'data/shapes-long/0000{i}.gif').shape[1] for i in range(4)] == [4, 12, 4, 12]
+    assert [gif_to_tensor(f'data/shapes-16-long/0000{i}.gif').shape[1] for i in range(4)] == [4, 12, 4, 12]
     assert checkpoint.load(checkpoint.newest('results'))['config']['diffusion']['frame_noise'] == 'independent'
     draw = 'sample.py', 'results', '--device', 'cpu', '--steps', 2, '--prompt', 'a red circle moving left => a red circle moving up'
-    code, out, _ = run(*draw, '--first-frames', 'data/shapes-long/00000.gif', '--known', 2, '--frames', 11, '--history-scale', 1.5)
+    code, out, _ = run(*draw, '--first-frames', 'data/shapes-16-long/00000.gif', '--known', 2, '--frames', 11, '--history-scale', 1.5)
     assert code == 0
     video = gif_to_tensor('samples/000-a-red-circle-moving-left-a-red-circle-moving-up.gif')
     assert video.shape == (3, 11, 16, 16)
-    assert (video[:, :2] - gif_to_tensor('data/shapes-long/00000.gif')[:, -2:]).abs().max() < 0.1
-    code, _, err = run('train.py', *SMALL, '--results', 'other', '--frame-noise', 'independent', '--known-frames', 0.5)
+    assert (video[:, :2] - gif_to_tensor('data/shapes-16-long/00000.gif')[:, -2:]).abs().max() < 0.1
+    code, _, err = run('train.py', *SMALL, '--quick', '--results', 'other', '--frame-noise', 'independent', '--known-frames', 0.5)
     assert code == 2 and 'train.py: --known-frames: with --frame-noise independent' in err
 
 
@@ -286,10 +289,11 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
     (('--timeout', 0), 'timeout=0.0: give a number above 0, at most 86400'), (('--timeout', 'nan'), 'timeout=nan'),
     (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
     (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
+    (('--quick',), '--quick: it is a size of the toy world'),
     (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),
 ])
 def test_nonsense_on_the_command_line_is_one_sentence(run, clips, flags, says):
-    shutil.copytree(clips, 'data/shapes')
+    shutil.copytree(clips, 'data/shapes-16')
     where = () if flags[0] in ('--toy-clips', '--channels', '--vae') else (clips,)
     code, _, err = run('train.py', *where, *SMALL, *flags)
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err

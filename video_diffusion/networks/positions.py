@@ -41,7 +41,7 @@ def step_waves(step: Tensor, dim: int) -> Tensor:
 
 def over_grid(frame: Tensor, row: Tensor, column: Tensor, order: str) -> Tensor:
     """Three axes (f i), (h j), (w k) -> (f h w, i+j+k): for every token what its places say, in the order asked for."""
-    size = len(frame), len(row), len(column)
+    size = frame.shape[0], row.shape[0], column.shape[0]              # len would make constants of them in torch.export
     places = dict(f=frame[:, None, None], h=row[None, :, None], w=column[None, None, :])
     return torch.cat([places[axis].expand(*size, -1) for axis in order], dim=-1).flatten(0, 2)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LITTLE = 2 ** 22        # numbers, 16 MB: a layer that makes no more of its input keeps them
+LITTLE = 7 * 2 ** 19     # numbers, 14 MB: a layer that makes no more of its input keeps them
 SLICE = 2 ** 20         # numbers that a slice becomes: 4 MB, and in the backward pass a few times that
 meta_is_cpu = True      # for what device tensors without numbers stand: see memory.py
 
