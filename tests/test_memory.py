@@ -5,7 +5,6 @@ import torch
 from bench_dit import peak as measured
 
 from video_diffusion import CausalVAE, GaussianDiffusion, LatentDiffusion, Unet3D, WordEncoder, latent_shape
-from video_diffusion.networks import recompute
 from video_diffusion.training.loop import adam
 from video_diffusion.training.memory import Need, estimate
 from video_diffusion.training.muon import Muon, split
@@ -52,17 +51,6 @@ def test_the_estimate_for_a_gpu():
     need = estimate(diffusion, device=torch.device('cuda'))
     assert (need.gradients + 8 * need.per_clip) / 2 ** 20 == pytest.approx(5755, rel=0.05)
     assert need.per_clip > 1.5 * estimate(diffusion).per_clip
-
-
-def test_two_slices_take_the_room_of_all(monkeypatch):
-    monkeypatch.setattr(recompute, 'SLICE', 2 ** 13)
-    diffusion, counts = toy(), []
-    for module in diffusion.modules():
-        if hasattr(module, 'little'):
-            module.little = 0
-    few = estimate(diffusion)
-    monkeypatch.setattr(recompute, 'slices', lambda x, size, dim: counts.append(len(x.split(size, dim))) or x.split(size, dim))
-    assert estimate(diffusion) == few and max(counts) > 2
 
 
 @pytest.mark.parametrize('muon', [False, True])
