@@ -5,8 +5,10 @@ import torch
 from bench_dit import peak as measured
 
 from video_diffusion import CausalVAE, GaussianDiffusion, LatentDiffusion, Unet3D, WordEncoder, latent_shape
+from video_diffusion.networks import recompute
+from video_diffusion.networks.attention import SpatialLinearAttention
 from video_diffusion.training.loop import adam
-from video_diffusion.training.memory import Need, estimate
+from video_diffusion.training.memory import Need, estimate, peak
 from video_diffusion.training.muon import Muon, split
 
 CPU = torch.device('cpu')
@@ -80,3 +82,14 @@ def test_a_batch_that_fits():
     assert need.of(64) == 790
     assert [need.fitting(64, room) for room in (10_000, 790, 600, 0)] == [64, 32, 32, 1]
     assert '64 clips' in need.words(64)
+
+
+def test_two_slices_without_numbers_take_as_much_as_all(monkeypatch):
+    layer = SpatialLinearAttention(16, heads=4).to('meta')
+    x = torch.empty(40, 16, 2, 32, 32, device='meta').contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    peaks = []
+    for slices in (recompute.slices, lambda x, size, dim: x.split(size, dim), lambda x, size, dim: x.split(size, dim)[:0]):
+        monkeypatch.setattr(recompute, 'slices', slices)
+        x.grad = None
+        peaks.append(peak(lambda: layer(x).sum().backward(), layer))
+    assert peaks[0] == peaks[1] > 1.2 * peaks[2]

@@ -301,7 +301,7 @@ def test_nonsense_on_the_command_line_is_one_sentence(run, clips, flags, says):
 
 def test_a_size_that_does_not_fit_is_said_and_few_diffusion_steps_are_sampled_in_as_many(run, clips):
     code, _, err = run('train.py', clips, *SMALL, '--image-size', 17)
-    assert code == 2 and '--image-size 17 17: this model takes sides that are multiples of 2' in err
+    assert code == 2 and '--image-size 17 17: this model takes sides that are multiples of 4' in err
     assert run('train.py', clips, '--dim', 8, '--dim-mults', 1, 2, '--batch-size', 2, '--steps', 1, '--sample-rows', 1,
                '--timesteps', 5, '--device', 'cpu')[0] == 0
     assert checkpoint.load_run('results')['sampling']['steps'] == 5
