@@ -83,7 +83,7 @@ DEFAULTS = {
     'image_steps':      (None,                   (600, 5000)),
     'sample_every':     ((750, 1000),            (200, 1000), (1000, 1000)),
 }
-
+QUICK = dict(image_size=16, patch=1, dim=16, attn_heads=1, steps=1300)       # of pixels so few each is worth a look
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
 FLAGS = {
     'what': [
@@ -99,7 +99,7 @@ FLAGS = {
         Flag('--image-size', int, None, 'side, or height and width; clips of yours keep theirs, up to 32 | 64', many=True),
         Flag('--num-frames', int, None, 'frames per clip; clips of yours keep theirs, up to 8 | 16'),
         Flag('--channels', int, 3, '1 grey, 3 RGB, 4 RGBA'),
-        Flag('--quick', bool, False, 'a toy world of 16x16, learnt in less than half of the time', D),
+        Flag('--quick', bool, False, 'a toy world of 16x16, learnt in half of the time', D),
         Flag('--toy-clips', int, 4000, 'clips of the toy world'),
         Flag('--unconditional', bool, False, 'do not use the captions', D),
         Flag('--images', bool, False, 'train on png and jpg files of the folder too, as frames without motion', D),
@@ -232,8 +232,8 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
     if idle:
         raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with {beside}')
     for idle, sentence in [
-        (args.quick and (args.folder or args.vae or args.model or args.image_size), '--quick: it is a size of the toy world, so '
-         'leave folders, --vae, --model and --image-size out'),
+        (args.quick and (args.folder or args.vae or args.model or args.image_size or args.network == 'dit'), '--quick: it is a '
+         'U-Net in a smaller toy world, so leave folders, --vae, --model, --image-size and --network out'),
         ('toy_clips' in given and args.folder, '--toy-clips: the toy world is drawn only where no folder is given'),
         ('channels' in given and args.vae, '--channels: with --vae they are those of the VAE'),
         ('seed' in given and args.resume, '--seed: a run that goes on keeps its own'),
@@ -261,8 +261,9 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
 def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> None:
     """What was not given depends on the device; the size of the clips only where we draw them."""
     args.results = args.results or ('results_vae' if args.stage == V else 'results')
-    if args.quick:
-        args.image_size, args.steps = args.image_size or 16, args.steps or 1300
+    for name, value in QUICK.items() if args.quick else ():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.init and args.image_steps is None:
         args.image_steps = 0                     # what these weights know about motion is to be kept
     if args.vae and args.network == 'unet' and args.patch is None:
