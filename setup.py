@@ -7,7 +7,7 @@ extras = {
     'weights': ['safetensors'],                           # the files of diffusers' save_pretrained
     'video': ['av'],                                      # mp4, webm, mov, mkv, avi, in and out
     'test': [
-        'pytest', 'pytest-cov', 'pytest-xdist', 'hypothesis',
+        'pytest', 'pytest-xdist', 'hypothesis',
         'nbclient', 'ipykernel',                          # the README runs in a real notebook kernel
         'diffusers', 'transformers', 'safetensors', 'peft',  # what the parity tests compare against
         'video-diffusion-pytorch==0.6.3', 'av',
