@@ -4,7 +4,8 @@
     python tests/bench_loader.py my_films/
 
 All read the same frames of the same files. The plain loop makes them RGB at their own size, as decord does, if it is installed;
-ours are scaled, cut, checked and stacked besides. Clips per second of one core (of its time, not of the clock's, for machines are shared); goal: 0.9.
+ours are scaled, cut, checked and stacked besides. Clips per second of one core (of its time, not of the clock's, for machines
+are shared); goal: 0.9.
 """
 
 import argparse

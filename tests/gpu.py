@@ -131,6 +131,7 @@ def three_steps_with_everything(day: Day) -> dict:
 # ---- 2: speed
 
 def step_of(day: Day, diffusion, dtype):
+    torch.set_float32_matmul_precision('high')
     video = torch.rand(day.shape, device=day.device)
 
     def step():
@@ -144,7 +145,6 @@ def step_of(day: Day, diffusion, dtype):
 def their_diffusion(day: Day):
     from video_diffusion_pytorch import GaussianDiffusion as TheirDiffusion
     from video_diffusion_pytorch import Unet3D as TheirUnet
-    torch.set_float32_matmul_precision('high')
     unet = TheirUnet(day.dim, dim_mults=day.mults)
     return TheirDiffusion(unet, image_size=day.shape[-1], num_frames=day.shape[2]).to(day.device)
 
@@ -161,32 +161,29 @@ def unet_step(day: Day) -> dict:
 @check(2)
 def unet_step_compiled(day: Day) -> dict:
     """And its arithmetic, as a share of what one large matrix product reaches. Goal 0.4."""
-    dtype, unet = day.half if day.cuda else None, day.unet()
-    step = step_of(day, day.diffusion(unet).to(day.device), dtype)
-    flops, seconds = fused(day, unet, step)
-    result = compare(day, {'theirs': step_of(day, their_diffusion(day), dtype), 'compiled': step}, goal=dict(time=0.25, memory=0.4))
-    return dict(result, compile_s=seconds, share=round(flops / result['compiled']['s'] / day.peak(), 3))
+    theirs = step_of(day, their_diffusion(day), day.half if day.cuda else None)
+    return compiled(day, day.unet(), dict(theirs=theirs), goal=dict(time=0.25, memory=0.4))
 
 
 @check(2)
 def dit_step_compiled(day: Day) -> dict:
     """The same of a transformer. Goal 0.5."""
-    dit = DiT(32, dim_head=16, depth=1) if day.tiny else DiT(1024, dim_head=64, depth=12)
-    step = step_of(day, day.diffusion(dit).to(day.device), day.half if day.cuda else None)
-    flops, seconds = fused(day, dit, step)
-    result = compare(day, {'compiled': step})
-    return dict(result, compile_s=seconds, share=round(flops / result['compiled']['s'] / day.peak(), 3))
+    return compiled(day, DiT(32, dim_head=16, depth=1) if day.tiny else DiT(1024, dim_head=64, depth=12), {})
 
 
-def fused(day: Day, network: nn.Module, step) -> tuple[int, float]:
-    """The floating-point operations of a step, and the seconds that it takes to compile."""
+def compiled(day: Day, network: nn.Module, others: dict, **goal) -> dict:
+    """Its step beside others, the seconds that it takes to compile, and its share of the peak."""
+    step = step_of(day, day.diffusion(network).to(day.device), day.half if day.cuda else None)
     with FlopCounterMode(display=False) as counter:
         step()
     start = day.clock()
     if day.cuda:
         fuse(network)
     step()
-    return counter.get_total_flops(), round(day.clock() - start, 1)
+    seconds = round(day.clock() - start, 1)
+    result = compare(day, {**others, 'compiled': step}, **goal)
+    share = counter.get_total_flops() / result['compiled']['s'] / day.peak()
+    return dict(result, compile_s=seconds, share=round(share, 3))
 
 
 @check(2)

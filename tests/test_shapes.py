@@ -27,6 +27,7 @@ from video_diffusion.data.shapes import (
     make_shapes,
     random_clip,
 )
+from video_diffusion.data.world import TURNING, motion, movements, random_words
 
 GROUND = torch.tensor(BACKGROUND).view(3, 1, 1, 1)
 
@@ -121,6 +122,18 @@ def test_windows_of_long_clips_have_captions_of_their_own(tmp_path):
             way = [grade(video[:, begin:begin + 2]).direction for begin in (index, index + 2)]
             turning += way[0] != way[1]
     assert turning > 10                                              # within three steps, where these say so
+
+
+def test_a_shape_is_turning_where_a_wall_cuts_one_of_the_next_two_steps_short():
+    for seed in range(20):
+        direction = random_words(seed)[2]
+        x, y, _ = motion(direction, seed, 24, after=2)
+        step = torch.stack((x.diff(), y.diff())).abs().amax()
+        away = torch.stack((x[2:] - x[:-2], y[2:] - y[:-2])).abs().amax(dim=0)                  # f
+        said = dict(movements(direction, seed, 24))
+        for frame in range(24):
+            way = said[max(begin for begin in said if begin <= frame)]
+            assert (way == TURNING) == (away[frame] < 1.98 * step).item()
 
 
 def test_lengths_take_turns(tmp_path):
