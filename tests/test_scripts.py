@@ -151,7 +151,7 @@ def test_a_model_whose_frames_have_noise_of_their_own(run):
     assert code == 0
     video = gif_to_tensor('samples/000-a-red-circle-moving-left-a-red-circle-moving-up.gif')
     assert video.shape == (3, 11, 16, 16)
-    assert (video[:, :2] - gif_to_tensor('data/shapes-16-long/00000.gif')[:, -2:]).abs().max() < 0.1
+    assert (video[:, :2] - gif_to_tensor('data/shapes-16-long/00000.gif')[:, -2:]).abs().mean() < 0.02  # up to the colours of a palette
     code, _, err = run('train.py', *SMALL, '--quick', '--results', 'other', '--frame-noise', 'independent', '--known-frames', 0.5)
     assert code == 2 and 'train.py: --known-frames: with --frame-noise independent' in err
 
