@@ -21,7 +21,7 @@ Format: https://www.w3.org/Graphics/GIF/spec-gif89a.txt
 import io
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -192,7 +192,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 def video_tensor_to_gif(
     tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True, *, scale: int | None = 1,
-) -> list[Image.Image]:
+) -> Sequence[Image.Image]:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, and return its frames as PIL images.
 
     Values are clamped to [0, 1].  `duration` is how long a frame shows, in milliseconds (GIF counts
@@ -201,31 +201,50 @@ def video_tensor_to_gif(
     With four channels a pixel is either opaque or (alpha below one half) transparent.
     `optimize` leaves out the pixels that a frame shares with the one before: a smaller file that
     looks the same.  `scale` repeats every pixel so often each way; None: until a person can see them."""
-    pictures = list(frames_to_write(tensor, scale))
+    pictures = Pictures(tensor, scale)
     if not (0 <= duration < 655355 and 0 <= loop < 65536):
         raise ValueError(f'duration={duration}, loop={loop}: a GIF counts up to 655350 ms and 65535 loops')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'wb') as file:
         file.writelines(encode(pictures, round(duration / 10), loop, optimize))
-    return [Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture) for picture in pictures]
+    return pictures
 
 
-def frames_to_write(tensor: Tensor, scale: int | None = 1) -> Iterator[np.ndarray]:
-    """The pictures (h w c) of a clip, or of the grid of a batch, as bytes; one after the other, for floats of all would be much."""
-    whole('scale', scale, 1)
-    video = tensor if tensor.ndim == 5 else tensor[None]
-    if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
-        raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), 1, 3 or 4 channels')
-    if not video.is_floating_point():
-        raise ValueError(f'a video of {video.dtype}: expected floats in [0, 1] (divide bytes by 255)')
-    frames = video.detach().split(1, dim=2)                                 # b c 1 h w, each
-    if any(frame.isnan().any() for frame in frames):
-        raise ValueError('the video has NaN in it: look for the step that made them before saving it')
-    # Clips of 16 pixels are stamps on a screen of today: hard pixels show what a model drew, not what a browser made of it.
-    scale = scale or math.ceil(LEAST_SIDE / max(video.shape[-2:]))
-    large = (frame.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1) for frame in frames)
-    clamped = ((tile(frame) if tensor.ndim == 5 else frame[0]).float().clamp(0, 1) for frame in large)
-    return (rearrange((frame * 255).round().byte().cpu(), 'c 1 h w -> h w c').numpy() for frame in clamped)
+class Pictures(Sequence):
+    """The frames of a clip, or of the grid of a batch, as a list of PIL images would have them. Each is made when it is asked for,
+    for a long film is large: as it is given the floats are there already, and its bytes, enlarged, need never be there at once."""
+
+    def __init__(self, tensor: Tensor, scale: int | None = 1):
+        whole('scale', scale, 1)
+        video = tensor if tensor.ndim == 5 else tensor[None]
+        if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
+            raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), 1, 3 or 4 channels')
+        if not video.is_floating_point():
+            raise ValueError(f'a video of {video.dtype}: expected floats in [0, 1] (divide bytes by 255)')
+        if any(frame.isnan().any() for frame in video.unbind(dim=2)):
+            raise ValueError('the video has NaN in it: look for the step that made them before saving it')
+        self.video, self.is_batch = video.detach(), tensor.ndim == 5
+        # Clips of 16 pixels are stamps on a screen of today: hard pixels show what a model drew, not what a browser made of it.
+        self.scale = scale or math.ceil(LEAST_SIDE / max(video.shape[-2:]))
+
+    def __len__(self) -> int:
+        return self.video.shape[2]
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        pixels = self.pixels(range(len(self))[index])
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+    def pixels(self, number: int) -> np.ndarray:
+        """One of them as bytes (h w c)."""
+        frame = self.video[:, :, number:number + 1]                         # b c 1 h w
+        frame = frame.repeat_interleave(self.scale, dim=-2).repeat_interleave(self.scale, dim=-1)
+        frame = (tile(frame) if self.is_batch else frame[0]).float().clamp(0, 1)
+        return rearrange((frame * 255).round().byte().cpu(), 'c 1 h w -> h w c').numpy()
+
+    def each(self) -> Iterator[np.ndarray]:
+        return map(self.pixels, range(len(self)))
 
 
 def tile(videos: Tensor) -> Tensor:
@@ -239,12 +258,12 @@ def tile(videos: Tensor) -> Tensor:
     return rearrange(videos, '(rows columns) c f h w -> c f (rows h) (columns w)', rows=rows)
 
 
-def share_palette(pictures: list[np.ndarray], limit: int) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+def share_palette(pictures: Pictures, limit: int) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """One palette for all frames, so that a colour never flickers: (colours n 3, what makes indices h w of a picture)."""
-    opaque = (picture[is_opaque(picture)][:1, :3] for picture in pictures)
+    opaque = (picture[is_opaque(picture)][:1, :3] for picture in pictures.each())
     filler = next((colour for colour in opaque if len(colour)), 0)          # holes must not add a colour
     colours = np.zeros(0, np.uint32)
-    for picture in pictures:
+    for picture in pictures.each():
         if Image.fromarray(packed(picture, filler)).getcolors(limit) is None or len(colours) > limit:
             break
         colours = np.union1d(colours, packed(picture, filler).view(np.uint32))
@@ -252,10 +271,13 @@ def share_palette(pictures: list[np.ndarray], limit: int) -> tuple[np.ndarray, C
         if len(colours) <= limit:                                           # few colours: keep each as it is
             return (colours.view(np.uint8).reshape(-1, 4)[:, :3],
                     lambda picture: np.searchsorted(colours, packed(picture, filler).view(np.uint32)[..., 0]))
-    area = pictures[0].shape[0] * pictures[0].shape[1]
-    stride = len(pictures) * area // 2**14 | 1                              # the choice takes long; 16,384 pixels do
-    some = [packed(picture, filler).reshape(-1, 4)[-number * area % stride::stride, :3] for number, picture in enumerate(pictures)]
-    chosen = Image.fromarray(np.concatenate(some)[None]).quantize(255, Image.Quantize.MEDIANCUT)
+    area = math.prod(pictures.pixels(0).shape[:2])
+    # The choice takes long, so some 16,384 pixels stand for all.
+    frame, place = divmod(np.arange(0, len(pictures) * area, len(pictures) * area // 2**14 | 1), area)
+    some = np.empty((len(frame), 3), np.uint8)
+    for number, picture in enumerate(pictures.each()):
+        some[frame == number] = packed(picture, filler).reshape(-1, 4)[place[frame == number], :3]
+    chosen = Image.fromarray(some[None]).quantize(255, Image.Quantize.MEDIANCUT)
     return (np.array(chosen.getpalette(), np.uint8).reshape(-1, 3),
             lambda picture: np.asarray(Image.fromarray(packed(picture, filler)).convert('RGB').quantize(
                 palette=chosen, dither=Image.Dither.NONE)))
@@ -272,10 +294,10 @@ def packed(picture: np.ndarray, filler) -> np.ndarray:
     return colours
 
 
-def encode(pictures: list[np.ndarray], hundredths: int, loop: int, optimize: bool) -> Iterator[bytes]:
+def encode(pictures: Pictures, hundredths: int, loop: int, optimize: bool) -> Iterator[bytes]:
     """The bytes of a GIF.  Pillow would do it, but joins equal frames: here every frame gets its block."""
-    height, width = pictures[0].shape[:2]
-    has_holes = not all(is_opaque(picture).all() for picture in pictures)
+    height, width, channels = pictures.pixels(0).shape
+    has_holes = channels == 4 and not all(is_opaque(picture).all() for picture in pictures.each())
     palette, indices_of = share_palette(pictures, limit=255 if has_holes else 256)   # one index is for "transparent"
     keep, wipe = 1, 2
     disposal = wipe if has_holes else keep                                  # else old pixels show through
@@ -284,7 +306,7 @@ def encode(pictures: list[np.ndarray], hundredths: int, loop: int, optimize: boo
     yield b'GIF89a' + struct.pack('<HHBBB', width, height, 0x80 | bits - 1, 0, 0) + palette.tobytes().ljust(3 << bits, b'\0')
     yield b'!\xff\x0bNETSCAPE2.0\x03\x01' + struct.pack('<HB', loop, 0)
     before = None
-    for picture in pictures:
+    for picture in pictures.each():
         indices = indices_of(picture)
         unchanged = indices == before if optimize and before is not None and clear is not None else False
         before = None if has_holes else indices
