@@ -218,7 +218,8 @@ class Pictures(Sequence):
         whole('scale', scale, 1)
         video = tensor if tensor.ndim == 5 else tensor[None]
         if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
-            raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), 1, 3 or 4 channels')
+            raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), '
+                             '1, 3 or 4 channels')
         if not video.is_floating_point():
             raise ValueError(f'a video of {video.dtype}: expected floats in [0, 1] (divide bytes by 255)')
         if any(frame.isnan().any() for frame in video.unbind(dim=2)):
