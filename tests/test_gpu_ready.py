@@ -14,7 +14,7 @@ import torch
 from test_fake_device import SHAPE, causal, dit, latent, unet
 from torch import nn
 
-from video_diffusion import DiT, Unet3D
+from video_diffusion import CausalVAE, DiT, TemporalVAE, Unet3D
 from video_diffusion.networks import dit as dit_room
 from video_diffusion.networks import recompute, unet_blocks
 from video_diffusion.networks.attention import attend
@@ -91,3 +91,28 @@ def test_networks_are_exported_for_any_number_of_clips_and_frames(make):
     other = torch.randn(4, 3, 7, 16, 16), torch.arange(4)
     torch.testing.assert_close(program(*other), network(*other))
     assert network(*other).abs().max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('vae, gradients', [
+    (lambda: CausalVAE(dim=8, dim_mults=(1, 2), blocks_per_level=1, time_compression=2, norm_groups=2, norm_scope='clip'), True),
+    (lambda: CausalVAE(dim=8, dim_mults=(1, 2), blocks_per_level=1, time_compression=2, norm_groups=2, norm_scope='frame'), False),
+    (lambda: TemporalVAE(dim=8, dim_mults=(1, 2), blocks_per_level=1, norm_groups=2), False),
+], ids=['clip', 'frame', 'temporal'])
+def test_decoders_are_exported_for_any_number_of_clips_and_frames(vae, gradients):
+    """Of three latent frames or more: 16 pixels of two are as many as the sides of the example, and there no tracer can tell."""
+    vae = vae().eval()
+    z = torch.randn(2, vae.latent_channels, 5, 4, 4), torch.randn(3, vae.latent_channels, 7, 4, 4)
+    clips, frames = (torch.export.Dim(name, min=least, max=64) for name, least in (('clips', 2), ('frames', 3)))
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(Decoding(vae), z[:1], dynamic_shapes=({0: clips, 2: frames},), strict=False).module()
+        torch.testing.assert_close(program(z[1]), vae.decode(z[1]))
+
+
+class Decoding(nn.Module):
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(z)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .context_parallel import CausalConv3d, GroupNorm, Piece, empty_clip, steps
+from .context_parallel import CausalConv3d, GroupNorm, Piece, at_once, empty_clip, steps
 
 
 class Norm(GroupNorm):
@@ -71,7 +71,7 @@ def normed_conv(x: Tensor, norm: Norm, conv: CausalConv3d, z: Tensor | None, pie
     """norm, SiLU, dropout, causal convolution; `reuse` says that x is not needed afterwards."""
     prepare = norm.prepare(x, z, piece)
     drops = dropout is not None and dropout.p > 0 and dropout.training
-    if not torch.is_grad_enabled() and not drops:
+    if not at_once() and not drops:
         return conv.in_steps(x, prepare, piece, reuse)
     normed = prepare(0, x.shape[2])
     return conv(dropout(normed) if drops else normed, piece)
@@ -91,7 +91,7 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, z: Tensor | None, piece: Piece) -> Tensor:
         h = normed_conv(x, self.norm1, self.conv1, z, piece)                              # b out f h w
         h = normed_conv(h, self.norm2, self.conv2, z, piece, self.dropout, reuse=True)    # b out f h w
-        if torch.is_grad_enabled():
+        if at_once():
             return h + self.shortcut(x)
         for start, stop in steps(x):                 # no third feature map for the sum
             h[:, :, start:stop] += self.shortcut(x[:, :, start:stop])
@@ -160,7 +160,7 @@ def conv_per_frame(conv, x: Tensor) -> Tensor:
 
 def per_frames(function, x: Tensor, frames_out: int, first: bool) -> Tensor:
     """function(x, first), a few frames at a time where no gradient is needed."""
-    if torch.is_grad_enabled():
+    if at_once():
         return function(x, first)
     out, at = None, 0
     for start, stop in steps(x, first):
@@ -172,7 +172,7 @@ def per_frames(function, x: Tensor, frames_out: int, first: bool) -> Tensor:
 
 
 def stem(x: Tensor, conv: CausalConv3d, piece: Piece) -> Tensor:
-    if torch.is_grad_enabled():
+    if at_once():
         return conv(x, piece)
     return conv.in_steps(x, lambda start, stop: x[:, :, start:stop], piece)
 

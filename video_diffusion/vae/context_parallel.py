@@ -150,6 +150,12 @@ def steps(x: Tensor, first: bool = False, unit: int = 2, growth: float = 1.) -> 
     return list(zip(cuts, cuts[1:]))
 
 
+def at_once() -> bool:
+    """Whether all frames are computed together: for gradients, and for a compiler, to which every step would be another program
+    and the number of frames a constant."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def empty_clip(frames_like: Tensor, frames: int) -> Tensor:
     b, c, _, h, w = frames_like.shape
     return torch.empty((b, c, frames, h, w), dtype=frames_like.dtype, device=frames_like.device,
@@ -169,7 +175,8 @@ class GroupNorm(nn.GroupNorm):
 
     def scale_and_shift(self, x: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         """In float32 or better, (b c 1 1 1) or with scope 'frame' (b c f 1 1)."""
-        mean, deviation = FrameMoments.apply(x, self.num_groups)          # b g f
+        moments = frame_moments if torch.compiler.is_compiling() else FrameMoments.apply
+        mean, deviation = moments(x, self.num_groups)                     # b g f
         numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
         if self.scope == 'clip':
             mean, deviation = combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
@@ -199,10 +206,15 @@ def over_the_group(mean: Tensor, deviation: Tensor, numbers_per_frame: int, shar
     return combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
 
 
-class FrameMoments(torch.autograd.Function):
-    """Mean and sum of squared deviations of every frame's groups of channels: (b c f h w) -> twice (b g f).
+def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of every frame's groups of channels: (b c f h w) -> twice (b g f)."""
+    numbers = x.unflatten(1, (groups, -1)).to(statistics_dtype(x))                    # b g c f h w
+    mean = numbers.mean(dim=(2, 4, 5), keepdim=True)
+    return mean[:, :, 0, :, 0, 0], (numbers - mean).square().sum(dim=(2, 4, 5))
 
-    Written by hand because autograd would keep `x - mean`, a copy of the whole feature map, for every norm.
+
+class FrameMoments(torch.autograd.Function):
+    """The same. Written by hand because autograd would keep `x - mean`, a copy of the whole feature map, for every norm.
     """
 
     @staticmethod

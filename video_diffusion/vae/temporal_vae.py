@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from ..networks.attention import SpatialSelfAttention
 from .causal_blocks import conv_per_frame, doubled_conv, silu
 from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video, widths
-from .context_parallel import empty_clip, steps
+from .context_parallel import at_once, empty_clip, steps
 from .gaussian import DiagonalGaussian
 from .tiling import in_chunks, in_tiles
 
@@ -94,7 +94,7 @@ class ClipNorm(nn.GroupNorm):
 
 def normed_conv(x: Tensor, norm: ClipNorm, conv: TemporalConv, reuse: bool = False) -> Tensor:
     """conv(norm(x)); `reuse` says that x is not needed afterwards."""
-    if torch.is_grad_enabled():
+    if at_once():
         return conv(norm(x))
     frames, normed, cuts = x.shape[2], norm.prepare(x), steps(x, unit=1)
     out = x if reuse else torch.empty_like(x)
@@ -130,7 +130,7 @@ class TemporalBlock(nn.Module):
         weight = self.mix.sigmoid()
         if image_only is not None:
             weight = weight * ~image_only[:, None, :, None, None]                    # b 1 f 1 1
-        return torch.addcmul(x, h, weight.to(x.dtype), out=None if torch.is_grad_enabled() else x)
+        return torch.addcmul(x, h, weight.to(x.dtype), out=None if at_once() else x)
 
 
 def video_block(spatial: nn.Module, channels: int, groups: int) -> nn.ModuleDict:
@@ -140,7 +140,7 @@ def video_block(spatial: nn.Module, channels: int, groups: int) -> nn.ModuleDict
 def per_frame(function, x: Tensor, growth: float = 1., reuse: bool = False) -> Tensor:
     """function on every frame as an image of its own; without gradients a few frames at a time (see `steps`), and
     with `reuse` in the memory of x, where they fit."""
-    if torch.is_grad_enabled():
+    if at_once():
         return conv_per_frame(function, x)
     out = None
     for start, stop in steps(x, unit=1, growth=growth):
