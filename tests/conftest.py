@@ -1,9 +1,16 @@
 """Tests share two rules: two threads at most, so that timings and sums do not depend on the machine's size, and what is drawn
 at random is drawn a few times, a few seconds long; with `pytest --slow` it is drawn thousands of times."""
 
-import pytest
-import torch
-from hypothesis import HealthCheck, Phase, settings
+import os
+
+# Of processes side by side (`pytest -n 2`) each has one thread, and so have the processes that it starts: threads that wait for
+# threads which wait for a core made tests of half a minute last four.
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ['OMP_NUM_THREADS'] = '1'
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
