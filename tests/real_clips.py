@@ -1,7 +1,7 @@
 """Real footage: eight fish, filmed from above. Train on one film, continue clips of another one that was never seen.
 
     python tests/real_clips.py make data/fish                                # fetches the films, cuts 600 clips of 32x32
-    python train.py data/fish --channels 1 --known-frames 0.5 --flip --steps 1600 --results results_fish
+    python train.py data/fish --channels 1 --known-frames 0.5 --results results_fish     # a quarter of an hour of one thread
     python tests/real_clips.py grade results_fish                            # two frames of the second film, and the next six
     python train.py data/fish --channels 1 --stage vae --flip --results vae_fish    # and a VAE
     python tests/real_clips.py reconstruct vae_fish                          # of the second film
