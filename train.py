@@ -156,6 +156,8 @@ def schedule_shift(args: argparse.Namespace, size: list[int], captioned: bool) -
 
 
 def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:
+    if args.cond_scale is None:                 # captions that are true of a whole clip, or of any window, say less
+        args.cond_scale = 2. if diffusion.frame_noise == 'independent' else 1.
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),

@@ -4,12 +4,13 @@
 
 Unseen clips are drawn again from their captions alone, from their first 2 frames with captions and without, and from both ends;
 right is what is lawful and has the clip's own shape, colour and direction, and from both ends what is lawful. Then videos
-longer than the model's own are drawn from captions, window by window, the later windows without: how many are lawful as a
-whole, how many in every 8 frames in a row, and for how many frames are they?
+longer than the model's own are drawn window by window, the first from a caption, the later ones told what it shows, and not
+where it goes: how many are lawful as a whole, how many in every 8 frames in a row, and for how many frames are they?
 """
 
 import argparse
 import json
+import math
 import time
 
 import torch
@@ -30,7 +31,8 @@ def main():
     parser.add_argument('--ways', nargs='+', choices=WAYS, help='how frames are made to fit known ones (default: as it was trained)')
     parser.add_argument('--history-scale', type=float, default=1.)
     parser.add_argument('--frames', type=int, nargs='*', default=[32], help='lengths of long videos')
-    parser.add_argument('--overlap', type=int, default=4, help='frames that their windows share')
+    parser.add_argument('--cond-scale', type=float, default=1., help='where captions alone are given')
+    parser.add_argument('--overlap', type=int, default=6, help='frames that their windows share')
     parser.add_argument('--known-noise', type=float, default=0., help='under which a window sees those of the window before')
     parser.add_argument('--only-long', action='store_true')
     parser.add_argument('--out', help='folder for GIFs of what was drawn')
@@ -50,7 +52,7 @@ def short(diffusion: GaussianDiffusion, way: str | None, args: argparse.Namespac
     clips = torch.stack(clips).to(diffusion.alpha.device)
     first, ends = torch.arange(frames) < 2, torch.arange(frames) % (frames - 1) == 0
     has_words = getattr(diffusion.denoise_fn, 'has_cond', False)
-    for name, mask, scale in [('from captions alone', None, 1.), ('2 frames and captions', first, 1.), ('2 frames', first, 0.),
+    for name, mask, scale in [('from captions alone', None, args.cond_scale), ('2 frames and captions', first, 1.), ('2 frames', first, 0.),
                               ('both ends and captions', ends, 1.), ('both ends', ends, 0.)]:
         if scale and not has_words:
             continue
@@ -65,9 +67,11 @@ def long(diffusion: GaussianDiffusion, way: str | None, frames: int, args: argpa
     words = shapes.captions()
     prompts = [words[i * len(words) // args.count] for i in range(args.count)]
     has_words = getattr(diffusion.denoise_fn, 'has_cond', False)
+    later = math.ceil((frames - diffusion.num_frames) / (diffusion.num_frames - args.overlap))
+    told = [[prompt, *[prompt.split(' moving')[0]] * later] for prompt in prompts]               # a caption for each window
     drawn = in_batches(args.count, lambda rows: diffusion.sample_long(
-        frames, prompts[rows] if has_words else None, batch_size=len(prompts[rows]), overlap=args.overlap, seed=rows.start,
-        later_cond_scale=0. if has_words else None, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,
+        frames, told[rows] if has_words else None, args.cond_scale, len(prompts[rows]), overlap=args.overlap, seed=rows.start,
+        later_cond_scale=1. if has_words else None, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,
         sampler=args.sampler, steps=args.steps, progress=False))
     lasted = shapes.lawful_frames(drawn)
     every8 = 100 * sum(count == frames for count in lasted) / len(lasted)

@@ -107,11 +107,13 @@ def test_steps_of_training_cover_what_is_asked_later():
     drawn = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (8000, FRAMES) and drawn.min() >= 0 and drawn.max() <= 999
     same = ~levels_differ(drawn)
-    assert 0.52 < same.float().mean() < 0.58 and torch.equal(drawn[same, 0], t[same])
+    assert 0.47 < same.float().mean() < 0.53 and torch.equal(drawn[same, 0], t[same])
     told = (~same) & ((drawn == t[:, None]) | (drawn <= LOW * 1000)).all(dim=1) & (drawn == t[:, None]).any(dim=1)
-    assert 0.32 < told.float().mean() < 0.39
+    assert 0.42 < told.float().mean() < 0.48
     low = drawn[told][:, 0]                                                      # a beginning is always known,
     assert 0.45 < (low == 0).float().mean() < 0.6 and low.max() <= LOW * 1000    # half of the time without noise
+    two = (drawn[told] <= LOW * 1000).sum(dim=1) <= 2                            # and hardly more than that in most
+    assert two.float().mean() > 0.5
     assert (drawn[told] == t[told, None]).any(dim=1).all()                       # and something is left to invent
     assert 0.15 < (drawn[told][:, -1] <= LOW * 1000).float().mean() < 0.35       # now and then the end is known as well
     again = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
@@ -304,5 +306,5 @@ def test_models_that_cannot_have_it_say_so():
 @pytest.mark.slow
 def test_a_network_learns_to_use_what_it_is_told_by_level():
     torch.manual_seed(0)
-    told, untold = told_and_untold(tiny(objective='x0'))
+    told, untold = told_and_untold(tiny(objective='x0'), steps=60)
     assert told < 0.6 * untold

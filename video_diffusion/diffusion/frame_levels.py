@@ -42,16 +42,16 @@ def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
 def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
     """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
 
-    Of 20 clips 11 have one step for all frames, so that a video can be drawn from its caption alone, and 7 are told some frames, at
-    step 0 or slightly noisy, and have the others at one step. In 2 each frame has a step that has nothing to do with those
-    of the others, which is what a staircase needs, and any other matrix.
+    Of 20 clips 10 have one step for all frames, so that a video can be drawn from its caption alone, and 9 are told some frames,
+    rather few, at step 0 or slightly noisy, and have the others at one step. In one each frame has a step that has nothing to do
+    with those of the others, which is what a staircase needs, and any other matrix.
     """
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
-    told = (0.55 <= kind) & (kind < 0.9) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25)
+    told = (0.5 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
     known = ((2 * low - 1).clamp(min=0) * LOW * timesteps).long()                       # half of them 0
     own = torch.randint(0, timesteps, (len(t), frames), **where)
-    return torch.where(kind >= 0.9, own, torch.where(told, known, t[:, None]))
+    return torch.where(kind >= 0.95, own, torch.where(told, known, t[:, None]))
 
 
 def null_share(t: Tensor, share: float) -> Tensor:
@@ -67,11 +67,13 @@ def levels_differ(t: Tensor) -> Tensor:
 
 def draw_mask(
     count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None, end_too: float = 0.5,
+    draws: int = 1,
 ) -> Tensor:
-    """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well."""
+    """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well. The
+    beginning is as long as the shortest of so many `draws`: little is harder to go on from than much."""
     where = dict(device=device, generator=generator)
     frame = torch.arange(frames, device=device)
-    length = torch.randint(1, max(2, frames), (count, 1), **where)           # all but one at the most
+    length = torch.randint(1, max(2, frames), (draws, count, 1), **where).amin(dim=0)        # all but one at the most
     any_known, end = (torch.rand((count, 1), **where) < share for share in (prob, end_too))
     end = end & (length < frames - 1)                                        # something is left to invent
     return any_known & ((frame < length) | (end & (frame == frames - 1)))

@@ -113,7 +113,7 @@ FLAGS = {
         Flag('--sample-rows', int, 4, 'samples per checkpoint: the square of this', D),
         Flag('--sampler', tuple(samplers.SAMPLERS), 'ddpm', '', D),
         Flag('--sample-steps', int, 16, 'steps of the sampler', D),
-        Flag('--cond-scale', float, 1., 'guidance towards the captions, 1 is none', D),
+        Flag('--cond-scale', float, None, 'guidance towards captions [1, which is none; with --frame-noise independent 2]', D),
     ],
     'several devices (torchrun)': [
         Flag('--shard', bool, False, 'each process holds a share of the weights, for models that one device cannot hold', D),
