@@ -81,6 +81,7 @@ FLAGS = {
         Flag('--frames', int, None, 'length of the videos, if longer than in training: drawn piece by piece, by CogVideoX at once'),
         Flag('--image-size', int, None, 'height and width of videos, of CogVideoX only', many=True),
         Flag('--history-scale', float, None, 'how closely frames keep to known ones [1] (after --frame-noise independent)'),
+        Flag('--later-prompt', str, None, '--prompt after the first piece: what it shows, not how it begins', metavar='TEXT'),
         Flag('--later-cond-scale', float, None, '--cond-scale after the first piece; 0 where prompts say how a video begins'),
     ],
     'other models': [
@@ -148,8 +149,9 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
     one_at_a_time(diffusion, processes.device) if args.offload else diffusion.to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
     count = len(prompts) if prompts else args.count or 4
-    if args.later_cond_scale is not None and args.frames is None:
-        raise ValueError('--later-cond-scale is for videos that are drawn piece by piece: give --frames too')
+    for name in ('later_cond_scale', 'later_prompt'):
+        if getattr(args, name) is not None and args.frames is None:
+            raise ValueError(f'--{name.replace("_", "-")} is for videos that are drawn piece by piece: give --frames too')
     settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
     more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, state.get('fps')),
                 low_res=read_low_res(args, diffusion), num_frames=args.frames, later_cond_scale=args.later_cond_scale)
@@ -212,6 +214,10 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
 
 def in_turn(prompts: list[str] | None, args: argparse.Namespace) -> list | None:
     """Prompts for long videos, where "first => next" becomes a list of what happens one after the other."""
+    if args.later_prompt is not None:
+        if prompts is None or any('=>' in prompt for prompt in prompts):
+            raise ValueError('--later-prompt follows a --prompt without =>: that says itself what happens in turn')
+        return [[prompt, *[args.later_prompt] * args.frames] for prompt in prompts]      # a caption for each piece, and more
     if prompts is None or args.frames is None:
         return prompts
     return [[part.strip() for part in prompt.split('=>')] if '=>' in prompt else prompt for prompt in prompts]

@@ -10,7 +10,6 @@ where it goes: how many are lawful as a whole, how many in every 8 frames in a r
 
 import argparse
 import json
-import math
 import time
 
 import torch
@@ -67,8 +66,7 @@ def long(diffusion: GaussianDiffusion, way: str | None, frames: int, args: argpa
     words = shapes.captions()
     prompts = [words[i * len(words) // args.count] for i in range(args.count)]
     has_words = getattr(diffusion.denoise_fn, 'has_cond', False)
-    later = math.ceil((frames - diffusion.num_frames) / (diffusion.num_frames - args.overlap))
-    told = [[prompt, *[prompt.split(' moving')[0]] * later] for prompt in prompts]               # a caption for each window
+    told = [[prompt, *[prompt.split(' moving')[0]] * frames] for prompt in prompts]              # a caption for each window, and more
     drawn = in_batches(args.count, lambda rows: diffusion.sample_long(
         frames, told[rows] if has_words else None, args.cond_scale, len(prompts[rows]), overlap=args.overlap, seed=rows.start,
         later_cond_scale=1. if has_words else None, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,

@@ -253,6 +253,9 @@ def test_captions_of_a_video_take_turns():
                                               ['b', 'c', 'f']]
     for plain in (None, 'a', ['a', 'b'], torch.zeros(2, 4)):
         assert all(one is plain for one in long_videos.by_window(plain, 3))
+    # What sample.py makes of --later-prompt: the first for the first window, whatever their number.
+    for windows in (2, 3, 7, 9):
+        assert long_videos.by_window([['a', *['b'] * 9]], windows) == [['a']] + [['b']] * (windows - 1)
     with pytest.raises(ValueError, match='list of captions of a video is empty'):
         long_videos.by_window([['a'], []], 3)
 

@@ -134,7 +134,8 @@ def test_videos_that_go_on_from_a_clip(run, clips):
 
     for wrong, says in ((('--first-frames', first, '--known', 3), 'so give 1 to 2'), (('--known', 3), 'give that too'),
                         (('--first-frames', 'nothing.gif'), 'nothing.gif'), (('--frames', 2), 'num_frames=2'),
-                        (('--later-cond-scale', 0), '--frames')):
+                        (('--later-cond-scale', 0), '--frames'), (('--later-prompt', 'a'), '--frames'),
+                        (('--frames', 9, '--later-prompt', 'a', '--prompt', 'b => c'), 'without =>')):
         code, _, err = run(*begins, *wrong)
         assert code == 2 and says in err and len(err.splitlines()) == 1, err
 
@@ -152,6 +153,8 @@ def test_a_model_whose_frames_have_noise_of_their_own(run):
     video = gif_to_tensor('samples/000-a-red-circle-moving-left-a-red-circle-moving-up.gif')
     assert video.shape == (3, 11, 16, 16)
     assert (video[:, :2] - gif_to_tensor('data/shapes-16-long/00000.gif')[:, -2:]).abs().mean() < 0.02  # up to the colours of a palette
+    code, out, err = run(*draw[:-1], 'a red circle moving left', '--later-prompt', 'a red circle', '--frames', 7, '--out', 'later')
+    assert code == 0 and gif_to_tensor('later/000-a-red-circle-moving-left.gif').shape == (3, 7, 16, 16), err
     code, _, err = run('train.py', *SMALL, '--quick', '--results', 'other', '--frame-noise', 'independent', '--known-frames', 0.5)
     assert code == 2 and 'train.py: --known-frames: with --frame-noise independent' in err
 
