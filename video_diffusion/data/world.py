@@ -9,7 +9,7 @@ two frame steps at least). What laws follow from that, and who keeps them: grade
 
 In a long clip it turns round, and the caption of a window must be that window's own. So captions of clips longer than 8 frames
 say from which frame on they are true (see folder.py). Where the wall is less than two steps ahead, the circle is `turning`: a
-window that begins there says nothing of the way it goes first. Three in four long clips say only what is true all the time, which
+window that begins there says nothing of the way it goes first. One in four long clips says only what is true all the time, which
 is what a window may be told that goes on from another: what it shows, and not where that goes.
 
     0: a red circle moving left                           a red circle
@@ -76,7 +76,7 @@ def label(seed: int, num_frames: int) -> list[str]:
     shape, colour, direction = random_words(seed)
     if num_frames <= SHORT:
         return [caption_of(shape, colour, direction)]
-    if random.Random(f'words {seed}').random() < 0.75:
+    if random.Random(f'words {seed}').random() < 0.25:
         return [caption_of(shape, colour)]
     return [f'{frame}: {caption_of(shape, colour, way)}' for frame, way in movements(direction, seed, num_frames)]
 
