@@ -158,12 +158,12 @@ def test_later_windows_may_follow_the_frames_alone():
     how = dict(sampler='ddim', steps=2, seed=0, progress=False)
     one, other = torch.randn(2, 1, 4)
     first = torch.rand(1, 3, 3, 8, 8)
-    a, b = (diffusion.sample_long(9, c, 2., first_frames=first, later_cond_scale=0., **how) for c in (one, other))
+    a, b = (diffusion.sample_long(9, c, 2., overlap=3, first_frames=first, later_cond_scale=0., **how) for c in (one, other))
     assert not torch.allclose(a[:, :, 3:6], b[:, :, 3:6])
     asked = []
     sample = diffusion.sample
     diffusion.sample = lambda cond, **kwargs: asked.append(kwargs.get('cond_scale')) or sample(cond, **kwargs)
-    diffusion.sample_long(9, one, 2., later_cond_scale=0., **how)
+    diffusion.sample_long(9, one, 2., overlap=3, later_cond_scale=0., **how)
     assert asked == [2., 0.]
 
 
@@ -174,7 +174,7 @@ def test_later_windows_without_guidance_are_without_its_refinements(later, refin
     diffusion = tiny(cond_dim=4)
     cond, first = torch.randn(1, 4), torch.rand(1, 3, 3, 8, 8)
     how = dict(sampler='ddim', steps=2, progress=False)
-    long = diffusion.sample_long(9, cond, 2., first_frames=first, later_cond_scale=later, seed=0, **how, **refinement)
+    long = diffusion.sample_long(9, cond, 2., overlap=3, first_frames=first, later_cond_scale=later, seed=0, **how, **refinement)
     asked = dict(first_frames=long[:, :, 3:6], seed=1_000_003, cond_scale=later, **how, **(refinement if later == 3. else {}))
     torch.testing.assert_close(long[:, :, 6:], diffusion.sample(cond, **asked)[:, :, 3:6])
 
@@ -226,5 +226,5 @@ def test_a_network_that_was_never_told_cannot_be():
         GaussianDiffusion(Unet3D(8, dim_mults=(1,)), image_size=8, num_frames=4, prob_cond_frames=0.5)
     with pytest.raises(ValueError, match='without cond_frames=True'):
         tiny(told=0.).sample(first_frames=torch.rand(1, 3, 2, 8, 8), known_by='network', batch_size=1, steps=2, progress=False)
-    with pytest.raises(ValueError, match='num_frames=5, overlap=3'):
+    with pytest.raises(ValueError, match='num_frames=5, overlap=4'):
         tiny().sample_long(5)

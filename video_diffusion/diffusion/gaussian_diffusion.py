@@ -209,7 +209,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     def sample_long(
         self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
         *,
-        overlap: int | None = None,                   # frames that a window shares with the one before; None: half of them
+        overlap: int | None = None,                   # frames that a window shares with the one before; None: 3 in 4
         later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
         first_frames: Tensor | None = None,
         negative: Tensor | Sequence[str] | None = None,

@@ -246,11 +246,11 @@ class LatentDiffusion(nn.Module):
         *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
         negative: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True, **settings,
     ) -> Tensor:
-        """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: about half)."""
+        """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: three in four, about)."""
         if self.low_res:
             raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
         if overlap is None:
-            overlap = max((n for n in self.whole_lengths() if n <= self.num_frames // 2), default=1)
+            overlap = max((n for n in self.whole_lengths() if n <= 3 * self.num_frames // 4), default=1)
         return long_videos.window_by_window(
             self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
             later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)

@@ -26,7 +26,7 @@ def window_by_window(
 ) -> Tensor:
     """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long."""
     window = diffusion.num_frames
-    overlap = max(1, window // 2) if overlap is None else overlap
+    overlap = max(1, 3 * window // 4) if overlap is None else overlap
     if not 1 <= overlap < window <= num_frames:
         raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
                          f'{window} frames or more and an overlap of 1 to {window - 1}')
