@@ -27,7 +27,7 @@ from video_diffusion.data.shapes import (
     make_shapes,
     random_clip,
 )
-from video_diffusion.data.world import TURNING, caption_of, motion, movements, random_words
+from video_diffusion.data.world import TURNING, motion, movements, random_words
 
 GROUND = torch.tensor(BACKGROUND).view(3, 1, 1, 1)
 
@@ -110,14 +110,10 @@ def test_drawing_is_antialiased_and_inside_the_frame():
 
 def test_windows_of_long_clips_have_captions_of_their_own(tmp_path):
     """What the judge sees in any window is what the label of the clip says of the frame where it begins, if it says a way."""
-    make_shapes(tmp_path, 16, 16, 30, seed=3)
-    turning, same_words = 0, 0
+    make_shapes(tmp_path, 4, 16, 30, seed=3)
+    turning = 0
     for clip, caption in zip(sorted(tmp_path.glob('*.gif')), ClipFolder(tmp_path).captions):
         video = gif_to_tensor(clip)
-        if not caption.later:                                        # it says nothing of a way
-            same_words += 1
-            assert caption == caption_of(grade(video[:, :8]).shape, grade(video[:, :8]).colour)
-            continue
         assert len(caption.later) >= 2                               # it turns round
         windows, said = zip(*[(video[:, begin:begin + 8], caption.at(begin)) for begin in range(23)])
         told = [index for index, words in enumerate(said) if not words.endswith(' turning')]
@@ -126,7 +122,6 @@ def test_windows_of_long_clips_have_captions_of_their_own(tmp_path):
             way = [grade(video[:, begin:begin + 2]).direction for begin in (index, index + 2)]
             turning += way[0] != way[1]
     assert turning > 10                                              # within three steps, where these say so
-    assert 1 < same_words < 9
 
 
 def test_a_shape_is_turning_where_a_wall_cuts_one_of_the_next_two_steps_short():
@@ -142,11 +137,9 @@ def test_a_shape_is_turning_where_a_wall_cuts_one_of_the_next_two_steps_short():
 
 
 def test_lengths_take_turns(tmp_path):
-    make_shapes(tmp_path, 16, 16, (3, 12))
-    assert [gif_to_tensor(clip).shape[1] for clip in sorted(tmp_path.glob('*.gif'))] == [3, 12] * 8
-    short, long = (ClipFolder(tmp_path).captions[first::2] for first in (0, 1))
-    assert not any(caption.later for caption in short) and all(' moving ' in caption for caption in short)
-    assert 0 < sum(bool(caption.later) for caption in long) < 8 > sum(' moving ' in caption for caption in long) > 0
+    make_shapes(tmp_path, 4, 16, (3, 12))
+    assert [gif_to_tensor(clip).shape[1] for clip in sorted(tmp_path.glob('*.gif'))] == [3, 12, 3, 12]
+    assert [bool(caption.later) for caption in ClipFolder(tmp_path).captions] == [False, True] * 2
 
 
 def test_frames_until_the_first_broken_law():

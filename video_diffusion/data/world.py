@@ -9,10 +9,9 @@ two frame steps at least). What laws follow from that, and who keeps them: grade
 
 In a long clip it turns round, and the caption of a window must be that window's own. So captions of clips longer than 8 frames
 say from which frame on they are true (see folder.py). Where the wall is less than two steps ahead, the circle is `turning`: a
-window that begins there says nothing of the way it goes first. One in four long clips says only what is true all the time, which
-is what a window may be told that goes on from another: what it shows, and not where that goes.
+window that begins there says nothing of the way it goes first.
 
-    0: a red circle moving left                           a red circle
+    0: a red circle moving left
     7: a red circle turning
     9: a red circle moving right
 
@@ -76,8 +75,6 @@ def label(seed: int, num_frames: int) -> list[str]:
     shape, colour, direction = random_words(seed)
     if num_frames <= SHORT:
         return [caption_of(shape, colour, direction)]
-    if random.Random(f'words {seed}').random() < 0.25:
-        return [caption_of(shape, colour)]
     return [f'{frame}: {caption_of(shape, colour, way)}' for frame, way in movements(direction, seed, num_frames)]
 
 
@@ -139,9 +136,8 @@ def movements(direction: str, seed: int, num_frames: int) -> list[tuple[int, str
     return [(frame, way[frame]) for frame in range(num_frames) if frame == 0 or way[frame] != way[frame - 1]]
 
 
-def caption_of(shape: str, colour: str, direction: str | None = None) -> str:
-    way = {None: '', TURNING: f' {TURNING}'}.get(direction, f' moving {direction}')
-    return f'a {colour} {shape}{way}'
+def caption_of(shape: str, colour: str, direction: str) -> str:
+    return f'a {colour} {shape} ' + (TURNING if direction == TURNING else f'moving {direction}')
 
 
 def fold(distance: torch.Tensor, length) -> torch.Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 CLEAN = -1
 LOW = 0.15                  # of all steps: known frames are trained with up to so much noise, for what a model drew is not perfect
-SILENT = 0.8                # of the clips that are told frames have no caption: the frames show it, and later windows have none
+SILENT = 0.85               # of the clips that are told frames have no caption: the frames show it, and later windows have none
 
 
 def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
