@@ -4,6 +4,7 @@ pytest --slow tests/test_any_model.py (dozens)"""
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ ways = st.fixed_dictionaries(dict(
     objective=st.sampled_from(['noise', 'v', 'x0']), loss_type=st.sampled_from(['l1', 'l2']), timesteps=st.integers(2, 6)))
 
 
+@pytest.mark.slow
 @given(networks, clips, ways, st.booleans())
 def test_any_model_trains_is_saved_and_draws(network, clip, way, muon):
     with tempfile.TemporaryDirectory() as folder:

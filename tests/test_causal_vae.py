@@ -224,6 +224,7 @@ def test_dropout_acts_in_training_with_and_without_gradients_and_not_in_evaluati
         assert torch.equal(vae.encode(clip(5)).mean, vae.encode(clip(5)).mean)
 
 
+@pytest.mark.slow
 def test_every_parameter_gets_a_gradient_and_the_vae_learns():
     vae = small_vae('clip')
     optimiser = torch.optim.Adam(vae.parameters(), 3e-3)
@@ -251,6 +252,7 @@ def cut(x, lengths):
     return pieces
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), latents=st.integers(1, 6),
        first=st.booleans(), grad=st.booleans())
@@ -352,6 +354,7 @@ def seams(video, tile, overlap):
     return (step[edges].mean() / step[~edges].mean()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [smooth_gradient, moving_squares])
 def test_tiles_come_close_to_the_whole_and_show_no_seams(trained, make):
     video = make()

@@ -166,6 +166,7 @@ def test_text_is_what_the_pipeline_sees(folder):
 
 # there and back
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['sincos', '1.5-i2v'])
 def test_a_folder_of_ours_is_read_by_diffusers(folder, tmp_path, monkeypatch, kind):
     diffusion = cogvideox_from_folder(folder(kind))
@@ -258,6 +259,7 @@ def seeded(diffusion_frames, seed):
     return torch.randn(1, 4, diffusion_frames, HEIGHT // 4, WIDTH // 4, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_the_script_draws_what_the_pipeline_draws(folder, script, monkeypatch):
     code, err, written = script(folder('sincos'), '--prompt', PROMPTS[0], '--prompt', PROMPTS[1], '--steps', 4)
     assert code == 0, err
@@ -294,6 +296,7 @@ def test_the_script_begins_with_images(folder, script, monkeypatch):
         assert code == 2 and len(complaint) == 1 and says in complaint[0] and 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_the_script_puts_adapters_in(folder, script, tmp_path):
     diffusion = cogvideox_from_folder(folder('sincos'))
     add_lora(diffusion, 2)

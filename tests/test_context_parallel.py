@@ -134,6 +134,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', ['clip', 'frame'])
 @pytest.mark.parametrize('size, frames, shares', CASES)
 def test_outputs_and_all_gradients_equal_those_of_one_process(workers, size, frames, shares, scope):
@@ -145,6 +146,7 @@ def test_the_same_in_float32(workers, scope):
     assert_close(workers.run(compare_with_one_process, 3, 17, scope, torch.float32), 1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_with_gradient_checkpointing(workers):
     assert_close(workers.run(compare_with_one_process, 2, 9, 'clip', torch.float64, None, True), 1e-10)
 
@@ -200,6 +202,7 @@ def test_gradients_travel_in_one_message_per_dtype(workers):
     assert workers.run(sum_in_one_message) == 4 * [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('adjacent', [True, False])
 def test_two_groups_at_once_in_both_layouts_of_the_mesh(workers, adjacent):
     assert_close(workers.run(compare_mesh, adjacent), 1e-10)

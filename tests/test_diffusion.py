@@ -64,6 +64,7 @@ def test_the_reverse_process_equals_the_peer(dynamic):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_equals_the_peer():
     theirs, ours = peer_pair()
     torch.manual_seed(5); a = ours.sample(batch_size=2, progress=False)
@@ -91,6 +92,7 @@ def test_noise_and_steps_are_drawn_when_not_given():
     assert diffusion(video).item() != diffusion(video).item()
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_training_lower_the_loss():
     diffusion = tiny(text_encoder=WordEncoder(8), cond_dim=8)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=3e-3)

@@ -90,6 +90,7 @@ def test_strings_with_bert(monkeypatch, tmp_path):
     ''', video_diffusion, model=model)
 
 
+@pytest.mark.slow
 def test_a_training_script_and_all_that_it_looks_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for caption in shapes.make_shapes('data', 6, image_size=16, num_frames=2).glob('*.txt'):

@@ -110,6 +110,7 @@ def captions(diffusion):
 
 # Learning
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_a_loss_and_its_gradients(name):
     diffusion = MODELS[name]()
@@ -123,6 +124,7 @@ def test_a_loss_and_its_gradients(name):
     assert gpu.waits == []
 
 
+@pytest.mark.slow
 def test_frames_alone():
     diffusion = pixels(unet())
     with fake_gpu(CUDA):
@@ -133,6 +135,7 @@ def test_frames_alone():
             assert diffusion(video, **focus).device == CUDA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('muon', [False, True])
 def test_optimisers_and_the_average(muon):
     diffusion = pixels(unet(cond_dim=6))
@@ -152,6 +155,7 @@ def test_optimisers_and_the_average(muon):
     assert gpu.waits == []
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_vae(vgg):
     vae, loss, critic = causal(), VAELoss('l1', True, PerceptualLoss(vgg)), Discriminator()
     with fake_gpu(META) as gpu:
@@ -184,6 +188,7 @@ def draw(diffusion, **how):
     return diffusion.sample(cond, **{**dict(batch_size=len(WORDS), steps=2, progress=False), **how})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_samples(name):
     diffusion = MODELS[name]()
@@ -195,6 +200,7 @@ def test_samples(name):
     assert len(gpu.waits) <= 1, gpu.waits                           # for a mask of known frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampler', HOW)
 def test_samplers(sampler):
     diffusion = pixels(unet())
@@ -204,6 +210,7 @@ def test_samplers(sampler):
     assert gpu.waits == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('known_by', ['network', 'guide', 'replace'])
 def test_known_frames(known_by):
     diffusion = MODELS['known frames']()
@@ -237,6 +244,7 @@ def test_guidance():
             assert draw(diffusion, cond_scale=3., **how).device == CUDA
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['plain', 'latents', 'DiT, rope, captions, known frames'])
 def test_there_and_back(name):
     diffusion = MODELS[name]()
@@ -351,6 +359,7 @@ def test_no_step_of_a_vae_waits(clips, tmp_path, vgg):
     assert gpu.waits == [] and trainer.pending[-1][1].device == META
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['captions', 'DiT, rope, captions, known frames', 'latents'])
 def test_no_step_of_a_sampler_waits(name):
     """Twice the steps, as many waits: captions on their way, and what else is sent once for all steps."""

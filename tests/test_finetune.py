@@ -37,6 +37,7 @@ def clips(tmp_path_factory):
 
 # the step
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['sincos', 'rope', '1.5-i2v'])
 def test_steps_of_all_weights_are_those_of_diffusers(folder, clips, tmp_path, kind):
     """Its training script noises by the scheduler, turns the answer into a clean clip by get_velocity, and weighs the squared error
@@ -93,6 +94,7 @@ def test_steps_of_all_weights_are_those_of_diffusers(folder, clips, tmp_path, ki
 
 # runs
 
+@pytest.mark.slow
 def test_a_lora_run_from_films_to_samples(run, folder, clips):
     path = folder('sincos')
     code, out, err = run('train.py', clips, '--model', path, '--lora', 2, '--held-out', 2, *SMALL)
@@ -113,6 +115,7 @@ def test_a_lora_run_from_films_to_samples(run, folder, clips):
     assert videos[0] == videos[2] != videos[1]
 
 
+@pytest.mark.slow
 def test_all_weights_and_then_the_checkpoint_draws_alone(run, folder, clips):
     path = folder('learned')
     code, out, err = run('train.py', clips, '--model', path, *SMALL)
@@ -165,6 +168,7 @@ def test_two_processes_that_share_the_weights_train_like_one(run, folder, clips)
                 assert float(ours[name] or 0) == pytest.approx(float(theirs[name] or 0), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_t5_is_asked_once_for_each_caption_and_then_leaves_the_memory(run, folder, clips, monkeypatch):
     alive, asked = [], []
     tokens, learn = T5Encoder.tokens, Trainer.learn
@@ -184,6 +188,7 @@ def test_t5_is_asked_once_for_each_caption_and_then_leaves_the_memory(run, folde
     assert len(asked) == 5                                                                    # the second run finds them on the disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('network', ['unet', 'dit'])
 def test_a_model_of_this_library_too(run, network):
     small = shapes.make_shapes('clips', 6, image_size=16, num_frames=4)
@@ -221,6 +226,7 @@ def test_one_clip_is_learnt_by_heart(folder, tmp_path):
 
 # what cannot be
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, says', [
     (('--num-frames', 48), 'num_frames=48: CogVideoX draws 1 + a multiple of 8 frames, so give 49'),
     (('--image-size', 17), 'image_size=(17, 17): give multiples of 8 as height and width'),
@@ -239,6 +245,7 @@ def test_mistakes_are_told_in_one_sentence(run, folder, clips, flags, says):
     assert code == 2 and len(complaint) == 1 and says in complaint[0] and 'Traceback' not in err, err
 
 
+@pytest.mark.slow
 def test_mistakes_about_models(run, folder, clips, tmp_path):
     half = tmp_path / 'half'
     half.mkdir()

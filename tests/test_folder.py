@@ -155,6 +155,7 @@ def gif_of_dots(path, width, height, frames):
     return path
 
 
+@pytest.mark.slow
 def test_small_files_stay_small_in_memory(tmp_path, monkeypatch):
     decoded, frombytes = [], Image.frombytes
     monkeypatch.setattr(gif_module.Image, 'frombytes', lambda *a: decoded.append(1) or frombytes(*a))

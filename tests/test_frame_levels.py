@@ -66,6 +66,7 @@ def test_a_matrix_of_equal_columns_is_a_list_of_steps(name):
 
 # Training
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kwargs', [dict(), dict(objective='noise', loss_type='l2', min_snr_gamma=5.), dict(objective='x0'),
                                     dict(objective='v', loss_type='l2', min_snr_gamma=5., zero_snr=True)], ids=str)
 def test_equal_steps_give_the_loss_and_the_gradients_of_one_step(kwargs):
@@ -221,6 +222,7 @@ def test_leading_away_from_a_hidden_past_is_a_line_through_two_answers():
     assert not torch.allclose(other, plain, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampler', ['ddpm', 'dpm++2m'])
 def test_a_staircase_draws_a_video(sampler):
     diffusion = tiny(cond_dim=4)

@@ -30,6 +30,7 @@ def run(clips, tmp_path_factory):
     return trainer, results
 
 
+@pytest.mark.slow
 def test_training_is_that_on_the_other_clips_to_the_last_bit(run, clips, tmp_path):
     trainer, _ = run
     others = shutil.copytree(clips, tmp_path / 'others')
@@ -65,6 +66,7 @@ def test_the_numbers_are_the_losses_of_the_averaged_model(run, clips, monkeypatc
     assert len({round(number, 4) for number in numbers.values()}) == 5
 
 
+@pytest.mark.slow
 def test_it_is_measured_again_to_the_last_bit_after_a_stop(run, clips, tmp_path):
     whole, results = run
     first = make_trainer(clips, tmp_path, held_out=3)
@@ -88,6 +90,7 @@ def test_another_number_of_them_is_refused(run, clips):
     assert checkpoint.load_run(results)['config']['held_out'] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('told', [0., 0.5])
 def test_in_latents_from_the_disk_or_not(tmp_path, told):
     folder = shapes.make_shapes(tmp_path / 'clips', 6, image_size=16, num_frames=5)

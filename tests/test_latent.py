@@ -140,6 +140,7 @@ def test_the_scale_is_measured(clips, tmp_path):
 
 # Training
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_never_stopped(clips, tmp_path):
     make_trainer(clips, tmp_path / 'whole').train()
     make_trainer(clips, tmp_path / 'parts', train_num_steps=2).train()
@@ -161,6 +162,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(clips, tmp_path):
         make_trainer(clips, tmp_path / 'parts', make(captions=True, vae=make_vae(seed=5))).load(-1)
 
 
+@pytest.mark.slow
 def test_cached_latents_train_like_the_clips(clips, tmp_path, monkeypatch):
     soften(make_trainer(clips, tmp_path / 'clips')).train()
     soften(make_trainer(clips, tmp_path / 'cached', latent_cache=tmp_path / 'latents', train_num_steps=2)).train()

@@ -240,6 +240,7 @@ def test_a_checkpoint_holds_adapters_average_and_moments_and_no_base(run):
     assert all(not torch.equal(weight, torch.zeros(())) for name, weight in state['model'].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, stop', [('plain', 1), ('dit', 2), ('latent', 3)])
 def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, kind, stop):
     whole = make_trainer(clips, tmp_path / 'whole', kind=kind)

@@ -32,6 +32,7 @@ def latents():
     return LatentDiffusion(inner, vae, num_frames=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [toy, lean, latents])
 def test_the_estimate_is_what_a_step_really_takes(make):
     """PyTorch's own allocator counts the other side: every block that a kernel asks for, on a real CPU."""

@@ -79,6 +79,7 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 32, 12)
 
 
+@pytest.mark.slow
 def test_a_folder_of_films_in_and_films_out(run):
     pytest.importorskip('av')
     for name in ('a', 'b'):
@@ -112,11 +113,13 @@ def test_clips_and_images_together(run, clips):
     assert code == 0 and '7 clips in mixed, with captions' in out
 
 
+@pytest.mark.slow
 def test_sizes_fit_the_network(run, clips):
     code, out, _ = run('train.py', clips, *SMALL, '--dim-mults', 1, 1, 1, 1)  # frames must be multiples of 8
     assert code == 0 and '3 frames of 16x16' in out
 
 
+@pytest.mark.slow
 def test_videos_that_go_on_from_a_clip(run, clips):
     code, out, _ = run('train.py', clips, *SMALL, '--known-frames', 0.5)
     assert code == 0
@@ -160,6 +163,7 @@ def test_a_model_whose_frames_have_noise_of_their_own(run):
     assert code == 2 and 'train.py: --known-frames: with --frame-noise independent' in err
 
 
+@pytest.mark.slow
 def test_prompts_from_a_file_and_the_same_seed(run, clips):
     run('train.py', clips, *SMALL)
     Path('prompts.txt').write_text('a red circle moving left\n\n  a blue square moving up \n')
@@ -170,6 +174,7 @@ def test_prompts_from_a_file_and_the_same_seed(run, clips):
     assert Path('a/all.gif').read_bytes() == Path('b/all.gif').read_bytes()
 
 
+@pytest.mark.slow
 def test_schedules_samplers_and_guidance_by_flags(run, clips):
     code, _, _ = run('train.py', clips, *SMALL, '--schedule', 'scaled_linear', '--schedule-shift', 3, '--zero-snr', '--min-snr', 5,
                      '--offset-noise', 0.1, '--sampler', 'dpm++2m_sde')
@@ -186,6 +191,7 @@ def test_schedules_samplers_and_guidance_by_flags(run, clips):
     assert len(set(pictures)) == 4
 
 
+@pytest.mark.slow
 def test_a_transformer_instead_of_the_unet_in_pixels_and_in_latents(run, clips):
     small = ['--network', 'dit', '--dim', 16, '--attn-dim-head', 16, '--depth', 1, *SMALL[5:]]
     long = Path(shutil.copytree(clips, 'long'))
@@ -207,6 +213,7 @@ def test_a_transformer_instead_of_the_unet_in_pixels_and_in_latents(run, clips):
         assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('args, sentence', [
     (['nowhere'], 'there is no folder nowhere'),
     (['empty'], 'no clip in empty: looked for files ending in .gif'),
@@ -303,6 +310,7 @@ def test_nonsense_on_the_command_line_is_one_sentence(run, clips, flags, says):
     assert code == 2 and says in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.slow
 def test_a_size_that_does_not_fit_is_said_and_few_diffusion_steps_are_sampled_in_as_many(run, clips):
     code, _, err = run('train.py', clips, *SMALL, '--image-size', 17)
     assert code == 2 and '--image-size 17 17: this model takes sides that are multiples of 4' in err
@@ -339,6 +347,7 @@ def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
     assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
 
 
+@pytest.mark.slow
 def test_the_other_vae_trains_reconstructs_and_carries_a_diffusion(run, clips):
     code, out, _ = run('train.py', '--vae-kind', 'temporal', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 4)
     assert code == 0

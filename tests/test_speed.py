@@ -51,6 +51,7 @@ def as_if_large(unet, monkeypatch):
     return unet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['large clips', 'checkpoint_activations'])
 @pytest.mark.parametrize('flavour', FLAVOURS)
 def test_recomputed_activations_change_no_output_and_no_gradient(flavour, way, monkeypatch):

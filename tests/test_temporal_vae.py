@@ -221,6 +221,7 @@ def test_image_only_frames_depend_on_no_other_frame():
             assert same == image_only[0, frame]
 
 
+@pytest.mark.slow
 def test_chunks_and_tiles_are_close_to_the_whole():
     """Waves, whose statistics are nearly the same in every piece. A seam is a step that the whole does not have."""
     vae = small_vae()

@@ -84,6 +84,7 @@ def test_empty_prompt_is_zeros():
     assert torch.equal(embedding[0], torch.zeros(8)) and embedding[1].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_word_rows_are_the_same_in_every_process():
     code = 'from video_diffusion.networks.text import word_rows; print(word_rows("a red ball rolls left", 4096))'
     another_seed = '2' if os.environ.get('PYTHONHASHSEED') == '1' else '1'
@@ -249,5 +250,6 @@ def test_a_model_without_its_vocabulary_is_refused(tmp_path):
         BertEncoder(tmp_path)
 
 
+@pytest.mark.slow
 def test_importing_the_library_does_not_import_transformers():
     assert run_python('import sys, video_diffusion.networks.text; print("transformers" in sys.modules)') == 'False'

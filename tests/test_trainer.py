@@ -145,6 +145,7 @@ def test_steps_are_spread_evenly_and_uniform_on_average(clips, tmp_path):
 
 # Going on
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [1, 3, 4])
 def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
     kwargs = dict(max_grad_norm=1., ema_warmup=True, horizontal_flip=True, diffusion=dict(
@@ -329,6 +330,7 @@ def test_milestones_are_numbers_not_strings(tmp_path):
     assert checkpoint.newest(tmp_path).name == 'model-10.pt'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('first, then, names', [(2, 8, {1: 2, 2: 4, 3: 6, 4: 8, 5: 16}), (8, 2, {1: 8, 2: 10, 3: 12}), (4, 4, {1: 4, 2: 8, 3: 12})])
 def test_milestones_go_on_rising_when_a_run_goes_on_in_other_steps(clips, tmp_path, first, then, names):
     """"Newest" is the highest number: with numbers counted anew, it would be an old checkpoint."""

@@ -157,6 +157,7 @@ def stop_while_drawing(trainer, monkeypatch) -> list:
     return steps
 
 
+@pytest.mark.slow
 def test_a_stop_while_samples_are_drawn_is_heard_between_two_steps(clips, tmp_path, monkeypatch, capsys):
     make_trainer(clips, tmp_path / 'whole', train_num_steps=4, save_and_sample_every=2).train()
     trainer = make_trainer(clips, tmp_path / 'parts', train_num_steps=4, save_and_sample_every=2)

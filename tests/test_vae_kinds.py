@@ -43,6 +43,7 @@ def configurations(draw):
     return vae, training
 
 
+@pytest.mark.slow
 @given(configurations())
 def test_any_vae_trains_is_saved_and_gives_back_the_same(clips, tmp_path_factory, configuration):
     config, training = configuration
@@ -104,6 +105,7 @@ def test_fp16_trains_both_networks_and_resumes_to_the_last_bit(clips, tmp_path, 
     assert_same_state(second.state_dict(), whole.state_dict())
 
 
+@pytest.mark.slow
 def test_fp16_follows_float32(clips, tmp_path, fp16, fitting_scale):
     half = make_trainer(clips, tmp_path / 'half', train_num_steps=3, **fp16)
     half.train()
@@ -114,6 +116,7 @@ def test_fp16_follows_float32(clips, tmp_path, fp16, fitting_scale):
         assert [float(x) for x in row] == pytest.approx([float(x) for x in other], rel=0.05, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_critic_keeps_its_weight_in_fp16_however_many_values_a_batch_has(clips, tmp_path, fp16, monkeypatch):
     """A batch of a thousand times as many values has gradients a thousand times smaller."""
     weights = {}
@@ -127,6 +130,7 @@ def test_the_critic_keeps_its_weight_in_fp16_however_many_values_a_batch_has(cli
     assert weights[False] > 1e-3 and weights[True] == pytest.approx(weights[False], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_left_out_and_the_run_goes_on(clips, tmp_path, fp16):
     trainer = make_trainer(clips, tmp_path, **fp16 | dict(train_num_steps=2, disc_start=0))
     trainer.scaler = trainer.parts['scaler'] = torch.amp.GradScaler('cpu', init_scale=2. ** 60)
@@ -136,6 +140,7 @@ def test_a_step_that_overflows_is_left_out_and_the_run_goes_on(clips, tmp_path, 
     assert all(torch.equal(p, q) for p, q in zip(before, trainer.vae.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('first', [True, False])
 def test_a_run_may_go_on_with_fp16_or_without(clips, tmp_path, fp16, first):
     make_trainer(clips, tmp_path, small_vae(), **fp16 | dict(amp=first, train_num_steps=2)).train()

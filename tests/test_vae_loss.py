@@ -162,6 +162,7 @@ def vgg(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_perceptual_loss_is_the_distance_of_unit_features(vgg):
     from torchvision.models import vgg16
     network = vgg16(weights=None)

@@ -161,6 +161,7 @@ def test_gradient_accumulation_is_one_larger_batch(clips, tmp_path):
 
 # Going on
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [1, 2])
 def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
     settings = dict(**EVERYTHING, gradient_accumulate_every=2)
@@ -178,6 +179,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
     assert read_log(tmp_path / 'parts') == read_log(tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_dropout_too_goes_on_as_if_it_had_not_stopped(clips, tmp_path):
     make = lambda folder, **settings: make_trainer(clips, tmp_path / folder, small_vae(dropout=0.5), **settings)
     make('whole').train()
