@@ -213,11 +213,12 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
 
 
 def in_turn(prompts: list[str] | None, args: argparse.Namespace) -> list | None:
-    """Prompts for long videos, where "first => next" becomes a list of what happens one after the other."""
+    """Prompts for long videos: of "first => next" a list of what happens one after the other; of --later-prompt one that has it
+    from the second piece on."""
     if args.later_prompt is not None:
         if prompts is None or any('=>' in prompt for prompt in prompts):
             raise ValueError('--later-prompt follows a --prompt without =>: that says itself what happens in turn')
-        return [[prompt, *[args.later_prompt] * args.frames] for prompt in prompts]      # a caption for each piece, and more
+        return [[prompt, *[args.later_prompt] * args.frames] for prompt in prompts]      # there are no more pieces than frames
     if prompts is None or args.frames is None:
         return prompts
     return [[part.strip() for part in prompt.split('=>')] if '=>' in prompt else prompt for prompt in prompts]

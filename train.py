@@ -156,7 +156,7 @@ def schedule_shift(args: argparse.Namespace, size: list[int], captioned: bool) -
 
 
 def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:
-    if args.cond_scale is None:                 # captions that are true of a whole clip, or of any window, say less
+    if args.cond_scale is None:                 # captions of windows say less than those of whole clips
         args.cond_scale = 2. if diffusion.frame_noise == 'independent' else 1.
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,

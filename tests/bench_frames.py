@@ -32,7 +32,7 @@ def main():
     parser.add_argument('--history-scale', type=float, default=1.)
     parser.add_argument('--frames', type=int, nargs='*', default=[32], help='lengths of long videos')
     parser.add_argument('--cond-scale', type=float, default=1., help='where captions alone are given')
-    parser.add_argument('--overlap', type=int, default=6, help='frames that their windows share')
+    parser.add_argument('--overlap', type=int, help='frames that their windows share (default: as sample_long)')
     parser.add_argument('--known-noise', type=float, default=0., help='under which a window sees those of the window before')
     parser.add_argument('--only-long', action='store_true')
     parser.add_argument('--out', help='folder for GIFs of what was drawn')

@@ -1,7 +1,10 @@
 """Every frame has a noise of its own: the loss, the samplers and what is known, each equal to the plain path or to the truth.
 Run: pytest tests/test_frame_levels.py"""
 
+import runpy
+from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,9 +258,10 @@ def test_captions_of_a_video_take_turns():
                                               ['b', 'c', 'f']]
     for plain in (None, 'a', ['a', 'b'], torch.zeros(2, 4)):
         assert all(one is plain for one in long_videos.by_window(plain, 3))
-    # What sample.py makes of --later-prompt: the first for the first window, whatever their number.
+    # sample.py --later-prompt: the prompt is for the first window, whatever their number.
+    told = runpy.run_path(str(Path(__file__).parents[1] / 'sample.py'))['in_turn'](['a'], Namespace(later_prompt='b', frames=9))
     for windows in (2, 3, 7, 9):
-        assert long_videos.by_window([['a', *['b'] * 9]], windows) == [['a']] + [['b']] * (windows - 1)
+        assert long_videos.by_window(told, windows) == [['a']] + [['b']] * (windows - 1)
     with pytest.raises(ValueError, match='list of captions of a video is empty'):
         long_videos.by_window([['a'], []], 3)
 

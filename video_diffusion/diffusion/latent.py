@@ -250,7 +250,7 @@ class LatentDiffusion(nn.Module):
         if self.low_res:
             raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
         if overlap is None:
-            overlap = max((n for n in self.whole_lengths() if n <= 3 * self.num_frames // 4), default=1)
+            overlap = long_videos.usual_overlap(self.num_frames, self.whole_lengths())
         return long_videos.window_by_window(
             self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
             later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)

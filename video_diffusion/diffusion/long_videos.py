@@ -26,7 +26,7 @@ def window_by_window(
 ) -> Tensor:
     """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long."""
     window = diffusion.num_frames
-    overlap = max(1, 3 * window // 4) if overlap is None else overlap
+    overlap = usual_overlap(window, range(1, window)) if overlap is None else overlap
     if not 1 <= overlap < window <= num_frames:
         raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
                          f'{window} frames or more and an overlap of 1 to {window - 1}')
@@ -47,6 +47,11 @@ def window_by_window(
                                      progress=progress, **later.changed()).cpu()
         parts.append(following[:, :, overlap:])
     return torch.cat(parts, dim=2)[:, :, :num_frames]
+
+
+def usual_overlap(window: int, lengths: Sequence[int]) -> int:
+    """Of these lengths the largest up to three quarters of a window: from half of it a motion is drawn on less surely."""
+    return max((length for length in lengths if length <= 3 * window // 4), default=1)
 
 
 def by_window(cond: Tensor | Sequence | None, windows: int) -> list:

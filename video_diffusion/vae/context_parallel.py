@@ -214,8 +214,7 @@ def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 class FrameMoments(torch.autograd.Function):
-    """The same. Written by hand because autograd would keep `x - mean`, a copy of the whole feature map, for every norm.
-    """
+    """frame_moments, by hand because autograd would keep `x - mean`, a copy of the whole feature map, for every norm."""
 
     @staticmethod
     def forward(ctx, x: Tensor, groups: int):
