@@ -1,15 +1,13 @@
-"""A GPU that is not there: tensors that claim to be on it have a shape, a type and a layout, and no numbers.
+"""A GPU that is not there: tensors on the device called meta have a shape, a type and a layout, and no numbers.
 
     with fake_gpu() as gpu:
-        moved(diffusion, gpu.device)
-        loss = diffusion(torch.rand(2, 3, 5, 8, 8, device=gpu.device))
+        moved(diffusion)
+        loss = diffusion(torch.rand(2, 3, 5, 8, 8, device=GPU))
     assert not gpu.waits
 
 What a real GPU refuses is refused here: to work on tensors of two devices, or to draw for one device with the generator of the
 other. So is what makes the host wait for a number (`.item()`, `nonzero`, a boolean index), for there is none. Copies between host
 and device that wait are listed in `gpu.waits`, with the line that asks for them. Tensors on the CPU are real, tables and all.
-
-A device called cuda cannot go backward without CUDA; one called meta can, and is as far from the CPU.
 """
 
 import sys
@@ -19,12 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from video_diffusion.networks import recompute
 
 LIBRARY = str(Path(__file__).parent.parent / 'video_diffusion')
-CUDA, META = torch.device('cuda', 0), torch.device('meta')
-LAYOUTS = torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+GPU = torch.device('meta')
+aten = torch.ops.aten
+MOVES = aten._to_copy.default, aten.copy_.default            # they may have two devices
+LAYOUTS = aten.clone.default, *MOVES
+INDEX = aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default
 
 
 class FakeGenerator(torch.Generator):
@@ -48,41 +50,71 @@ def at_home(draw):
     return drawn
 
 
-class FakeGPU(FakeTensorMode):
-    def __init__(self, device: torch.device):
-        super().__init__(allow_non_fake_inputs=True)
-        self.device, self.waits, self.copies = device, [], []
+class FakeGPU(TorchDispatchMode):
+    """Sees every operation, in the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.copies = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        target = torch.device(kwargs.get('device') or 'cpu')
-        if target.type == 'cpu' and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            return function(*args, **kwargs)
-        result = super().__torch_dispatch__(function, types, args, kwargs)
+        tensors = list(leaves((*args, *kwargs.values())))
+        on_gpu = [tensor.device.type == 'meta' for tensor in tensors]
+        if not any(on_gpu):
+            return self.down(function, args, kwargs, tensors)
+        if function is aten._to_copy.default and torch.device(kwargs.get('device') or 'meta').type == 'cpu':
+            result = torch.zeros_like(tensors[0], dtype=kwargs.get('dtype'), device='cpu')    # a number that nobody knows
+        elif function is aten.copy_.default and not on_gpu[0]:
+            result = args[0]
+        else:
+            if function not in (*MOVES, *INDEX) and any(tensor.ndim and not there for tensor, there in zip(tensors, on_gpu)):
+                raise RuntimeError(f'{function} is given tensors of both devices at {where()}')
+            result = function(*args, **kwargs)
+            if function is aten.convolution.default and any(map(is_channels_last, tensors[:2])):
+                result = torch.empty_like(result, memory_format=torch.channels_last)         # so cuDNN answers
         self.look_at(function, args, kwargs, tensors, result)
+        return result
+
+    def down(self, function, args, kwargs, tensors):
+        """An operation that is given nothing of the GPU: it may send something there."""
+        result = function(*args, **kwargs)
+        if function is aten._to_copy.default and result.device.type == 'meta':
+            self.look_at(function, args, kwargs, tensors, result)
         return result
 
     def look_at(self, function, args, kwargs, tensors, result) -> None:
         if function in LAYOUTS and isinstance(result, torch.Tensor):
-            source = tensors[-1] if function is torch.ops.aten.copy_.default else tensors[0]
+            source = tensors[-1] if function is aten.copy_.default else tensors[0]
             if source.device.type == result.device.type:
                 if source.dtype == result.dtype and source.numel() > 1:
                     self.copies.append((where(), tuple(result.shape)))
             elif not (kwargs.get('non_blocking') or len(args) > 2 and args[2]) and not waits_for_nothing(source):
                 self.waits.append((where(), tuple(result.shape)))
-        elif function is torch.ops.aten.index.Tensor and any(t.device.type == 'cpu' for t in tensors[1:]):
+        elif function in INDEX and any(tensor.device.type == 'cpu' for tensor in tensors[1:]):
             self.waits.append((where(), 'index on the CPU'))
 
 
+def is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def leaves(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from leaves(value)
+
+
 @contextmanager
-def fake_gpu(device: torch.device = CUDA):
-    with pytest.MonkeyPatch.context() as patch, FakeGPU(device) as gpu:      # which PyTorch itself enters again and again
+def fake_gpu():
+    with pytest.MonkeyPatch.context() as patch, FakeGPU() as gpu:
         patch.setattr(torch, 'Generator', FakeGenerator)
         for name in ('rand', 'randn', 'randint'):
             patch.setattr(torch, name, at_home(getattr(torch, name)))
-        if device.type == 'meta':                            # has no autocast
-            patch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())
+        patch.setattr(recompute, 'meta_is_cpu', False)       # as it is for an estimate of memory
+        patch.setattr(torch, 'autocast', lambda *args, **kwargs: nullcontext())         # the device has none
         yield gpu
 
 
@@ -99,14 +131,14 @@ def where() -> str:
     return 'the test' if frame is None else f'{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}'
 
 
-def moved(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with weights that claim to be on the device, in the layout that they have."""
+def moved(model: nn.Module) -> nn.Module:
+    """The model with weights that are on the GPU, in the layout that they have."""
     parts = list(model.modules())
     parts += [part for encoder in parts for part in getattr(vars(encoder).get('transformer'), 'modules', list)()]    # see text.py
     for part in parts:
         for name, weight in part._parameters.items():
             if weight is not None:
-                part._parameters[name] = nn.Parameter(weight.detach().to(device, non_blocking=True), requires_grad=weight.requires_grad)
+                part._parameters[name] = nn.Parameter(weight.detach().to(GPU, non_blocking=True), requires_grad=weight.requires_grad)
         for name, buffer in part._buffers.items():
-            part._buffers[name] = buffer if buffer is None else buffer.to(device, non_blocking=True)
+            part._buffers[name] = buffer if buffer is None else buffer.to(GPU, non_blocking=True)
     return model
