@@ -32,6 +32,7 @@ def main():
     parser.add_argument('--history-scale', type=float, default=1.)
     parser.add_argument('--frames', type=int, nargs='*', default=[32], help='lengths of long videos')
     parser.add_argument('--cond-scale', type=float, default=1., help='where captions alone are given')
+    parser.add_argument('--later-words', type=int, default=0, help='later windows of long videos are told so many words of the caption')
     parser.add_argument('--overlap', type=int, help='frames that their windows share (default: as sample_long)')
     parser.add_argument('--known-noise', type=float, default=0., help='under which a window sees those of the window before')
     parser.add_argument('--only-long', action='store_true')
@@ -67,9 +68,12 @@ def long(diffusion: GaussianDiffusion, way: str | None, frames: int, args: argpa
     words = shapes.captions()
     prompts = [words[i * len(words) // args.count] for i in range(args.count)]
     has_words = getattr(diffusion.denoise_fn, 'has_cond', False)
+    if args.later_words:                                          # there are no more windows than frames
+        prompts = [[prompt, *[' '.join(prompt.split()[:args.later_words])] * frames] for prompt in prompts]
+    later_scale = None if not has_words else 1. if args.later_words else 0.
     drawn = in_batches(args.count, lambda rows: diffusion.sample_long(
         frames, prompts[rows] if has_words else None, args.cond_scale, len(prompts[rows]), overlap=args.overlap, seed=rows.start,
-        later_cond_scale=0. if has_words else None, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,
+        later_cond_scale=later_scale, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,
         sampler=args.sampler, steps=args.steps, progress=False))
     lasted = shapes.lawful_frames(drawn)
     every8 = 100 * sum(count == frames for count in lasted) / len(lasted)

@@ -23,7 +23,7 @@ FOLDER = Path('toy_cogvideox')
 NEW = 'cyan'
 RUNS = {                                                   # results: what makes them
     'vae': ['whole', '--stage', 'vae'],
-    'dit': ['known', '--network', 'dit', '--vae', 'vae', '--cache-latents', '--held-out', '8', '--steps', '4000'],
+    'dit': ['known', '--network', 'dit', '--vae', 'vae', '--cache-latents', '--held-out', '8', '--steps', '2000'],
     'lora': ['new', '--model', 'dit', '--lora', '16', '--held-out', '8', '--steps', '1500'],
 }
 

@@ -30,6 +30,7 @@ from torch import Tensor
 CLEAN = -1
 LOW = 0.15                  # of all steps: known frames are trained with up to so much noise, for what a model drew is not perfect
 SILENT = 0.85               # of the clips that are told frames have no caption: the frames show it, and later windows have none
+CUT = 0.4                   # so many have none where captions of the others are cut short, and most of these do not tell all either
 
 
 def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
@@ -42,21 +43,51 @@ def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
 def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
     """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
 
-    Of 20 clips 10 have one step for all frames, so that a video can be drawn from its caption alone, and 9 are told some frames,
+    Of 20 clips 11 have one step for all frames, so that a video can be drawn from its caption alone, and 8 are told some frames,
     rather few, at step 0 or slightly noisy, and have the others at one step. In one each frame has a step that has nothing to do
     with those of the others, which is what a staircase needs, and any other matrix.
     """
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
-    told = (0.5 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
+    told = (0.55 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
     known = ((2 * low - 1).clamp(min=0) * LOW * timesteps).long()                       # half of them 0
     own = torch.randint(0, timesteps, (len(t), frames), **where)
     return torch.where(kind >= 0.95, own, torch.where(told, known, t[:, None]))
 
 
-def null_share(t: Tensor, share: float) -> Tensor:
-    """How often to drop the captions of clips with these steps (b), where it is this share of those with one for all frames."""
-    return torch.where(levels_differ(t), max(SILENT, share), share)
+def null_share(t: Tensor, share: float, cut: bool = False) -> Tensor:
+    """How often to drop the captions of clips with these steps (b), where it is this share of those with one for all frames.
+    `cut`: the other captions are shortened."""
+    return torch.where(levels_differ(t), max(CUT if cut else SILENT, share), share)
+
+
+def shortened(captions: list[str], t: Tensor, where: Tensor) -> list[str]:
+    """Captions as clips with these steps hear them: those that are told frames only to a word `where` (b), of 1.
+
+    What a thing is comes before what it does. A later window must hold on to the one, for frames that a model drew leave room
+    for doubt, and cannot be told the other, which has changed.
+    """
+    cut = [text.split() for text in captions]
+    return [' '.join(words[:1 + int(share * len(words))]) if told else text for text, words, told, share in
+            zip(captions, cut, levels_differ(t).tolist(), where.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def as_drawn(diffusion, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor | None, steps: Tensor) -> Tensor:
+    """x0 (b c f h w) with the known frames of every other clip as the network makes them out at `steps` (b).
+
+    What it goes on from in a long video it has drawn itself, a little wrong, and it would go on from the error: a circle becomes
+    a square in ten windows. Here it learns to see the circle (arXiv 2512.15702).
+    """
+    if t.ndim == 1:
+        return x0
+    some = slice(None, None, 2)
+    clips, cond = x0[some], None if cond is None else cond[some]
+    noisy = diffusion.q_sample(clips, steps[some], noise[some].roll(1, dims=2))       # which no frame gets a second time
+    known = levels_differ(t)[some, None] & (t[some] <= LOW * diffusion.num_timesteps)                       # b f
+    seen = x0.clone()
+    seen[some] = torch.where(known[:, None, :, None, None], diffusion.predict_x0(noisy, steps[some], cond), clips)
+    return seen
 
 
 def levels_differ(t: Tensor) -> Tensor:

@@ -95,13 +95,11 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         noise: Tensor | None = None,                  # from draw_noise; None draws it here
         t: Tensor | None = None,                      # (b), or (b f) of draw_levels, likewise
         *,
-        null_cond_prob: float = 0.,                   # these are for the network: see Unet3D.forward
-        null_cond_mask: Tensor | None = None,
-        prob_focus_present: float = 0.,
-        focus_present_mask: Tensor | None = None,
         known_mask: Tensor | None = None,             # (b f) bool, which frames the network is told; None draws it
         known: Tensor | None = None,                  # (b c f h w), what it is told of them; None: what they are
+        own_steps: Tensor | None = None,              # (b), from where the network draws what it is told itself; see as_drawn
         reduction: str = 'mean',
+        **network,                                    # null_cond_prob, null_cond_mask, ...: see Unet3D.forward
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
         self.check(video)
@@ -115,18 +113,18 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             if known_mask is None:
                 known_mask = self.draw_known(len(x0), x0.device)
             told = dict(known=x0 if known is None else self.to_network(known), known_mask=known_mask)
-        return self.p_losses(
-            x0, t, cond, noise, reduction=reduction, null_cond_prob=null_cond_prob, null_cond_mask=null_cond_mask,
-            prob_focus_present=prob_focus_present, focus_present_mask=focus_present_mask, **told)
+        return self.p_losses(x0, t, cond, noise, reduction=reduction, own_steps=own_steps, **network, **told)
 
     def p_losses(
         self, x_start: Tensor, t: Tensor, cond: Tensor | Sequence[str] | None = None, noise: Tensor | None = None,
-        *, reduction: str = 'mean', **network,
+        *, reduction: str = 'mean', own_steps: Tensor | None = None, **network,
     ) -> Tensor:
         """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
         one_of('reduction', reduction, ('mean', 'none'))
         noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
-        output = self.denoise_fn(self.q_sample(x_start, t, noise), t, cond=self.embed(cond), **network)
+        cond = self.embed(cond)
+        seen = x_start if own_steps is None else frame_levels.as_drawn(self, x_start, t, noise, cond, own_steps)
+        output = self.denoise_fn(self.q_sample(seen, t, noise), t, cond=cond, **network)
         wanted = target(self.objective, x_start, noise, *self.alpha_sigma(t))
         loss = LOSSES[self.loss_type](output, wanted, reduction='none').mean(dim=(1, 3, 4))     # (b f)
         if self.min_snr_gamma is not None:
@@ -139,6 +137,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         draws = dict(noise=self.draw_noise((count, self.channels, self.num_frames, self.height, self.width), device, generator))
         if self.prob_cond_frames:
             draws['known_mask'] = self.draw_known(count, device, generator)
+        if self.frame_noise == 'independent':
+            draws['own_steps'] = torch.randint(0, max(1, self.num_timesteps // 2), (count,), device=device, generator=generator)
         return draws
 
     def draw_levels(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -15,7 +15,7 @@ DEFAULTS = {
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
-    'dim':              ((24, 64),               (16, 64), (96, 384)),     # thin at first: there pixels are most
+    'dim':              ((24, 64),               (16, 64), (128, 384)),     # thin at first: there pixels are most
     'depth':            (None,                   None,     (6, 12)),
     'patch':            ((2, 2),                 None,     (4, 2)),        # 1 in latents, which are small as they are
     'frame_patch':      (None,                   None,     (2, 1)),
@@ -25,7 +25,7 @@ DEFAULTS = {
     'linear_attention': ((False, False),         None),
     'time_compression': (None,                   (1, 4)),       # on a CPU there is no time to learn it
     'latent_channels':  (None,                   (4, 4)),
-    'batch_size':       ((8, 32),                (8, 16)),
+    'batch_size':       ((8, 32),                (8, 16), (16, 32)),
     'objective':        (('x0', 'x0'),           None),         # of x0 the last steps of sampling are free of grain
     'lr':               ((2e-3, 2e-3),           (2e-3, 2e-4), (0.01, 5e-4)),
     'muon_lr':          ((0.01, 0.01),           None,     (0.04, None)),

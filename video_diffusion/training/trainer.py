@@ -125,6 +125,8 @@ class Trainer(TrainingLoop):
         if cache is not None and not (self.use_captions and hasattr(encoder, 'unload')):
             raise ValueError('caption_cache is for what a BertEncoder or T5Encoder says, and this model has none: leave it out')
         learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
+        # Frames and the beginning of a caption go together; a frozen encoder is asked for each caption once, and as a whole.
+        self.cuts_captions = self.use_captions and learns and self.diffusion.frame_noise == 'independent'
         self.cache = None if learns else CaptionCache(self.diffusion.embed, folder=cache and caption_folder(encoder, cache))
         if cache is not None:
             self.cache.fill({*captions, *(self.held_out and self.held_out.captions)}, self.processes)
@@ -175,6 +177,9 @@ class Trainer(TrainingLoop):
             draws['focus_present_mask'] = still | draws.get('focus_present_mask', still)
         if self.focus_present_mask is not None:
             draws['focus_present_mask'] = self.focus_present_mask
+        if self.cuts_captions:
+            captions = frame_levels.shortened(captions, draws['t'], draws.pop('heard'))
+        draws['t'] = draws['t'].to(self.device, non_blocking=True)
         cond = self.told(captions)
         # Processes average their gradients once per step, in the last backward pass; sharded ones, which have no room for
         # whole gradients to add up, in every one.
@@ -188,19 +193,26 @@ class Trainer(TrainingLoop):
         """All that is random about batch `number` of `size` clips: drawn for the batches of all processes, cut to our rows."""
         clips = size * self.processes.world_size
         rows = slice(self.processes.rank * size, (self.processes.rank + 1) * size)
-        where = dict(device=self.device, generator=seeded_generator(self.seed, 'noise', number, device=self.device))
+        # Steps are drawn on the CPU: which captions are cut short depends on them, and no GPU is to be waited for.
+        generator = seeded_generator(self.seed, 'noise', number)
         # Steps spread evenly over the clips, from a random start: the loss depends on t more than on anything
         # else, and so varies less from batch to batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
-        t = (torch.rand(1, **where) + torch.arange(clips, device=self.device) / clips) % 1
+        t = (torch.rand(1, generator=generator) + torch.arange(clips) / clips) % 1
         # How a clip moves, and all else that its caption says, is decided while there is hardly more than noise: from a
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = t ** (1 / self.noise_bias)
         t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
-        draws = dict(t=self.diffusion.draw_levels(t, where['generator'])[rows])
+        steps = self.diffusion.draw_levels(t, generator)[rows]
+        if self.device.type != 'cpu':
+            generator = seeded_generator(self.seed, 'noise', number, device=self.device)
+        where, draws = dict(device=self.device, generator=generator), dict(t=steps)
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < frame_levels.null_share(draws['t'], self.null_cond_prob)
+            null_share = frame_levels.null_share(steps, self.null_cond_prob, self.cuts_captions)
+            draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < null_share.to(self.device, non_blocking=True)
+        if self.cuts_captions:
+            draws['heard'] = torch.rand(clips, generator=seeded_generator(self.seed, 'words', number))[rows]
         if 0 < prob_focus_present < 1:
             draws['focus_present_mask'] = (torch.rand(clips, **where) < prob_focus_present)[rows]
         else:
