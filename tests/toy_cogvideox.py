@@ -1,6 +1,6 @@
 """A CogVideoX of the toy world, from nothing: a VAE, a transformer in its latents, and adapters that teach it a colour.
 
-    python tests/toy_cogvideox.py           # some 25 CPU minutes, into ./toy_cogvideox/; what is done is not done again
+    python tests/toy_cogvideox.py           # some 28 CPU minutes, into ./toy_cogvideox/; what is done is not done again
 
 The parts and commands of the real one, each small enough to be trained here. The transformer sees a world without cyan shapes;
 then adapters see nothing but cyan ones. With and without them it is asked for clips of either kind, which the world's own judge
