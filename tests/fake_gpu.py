@@ -62,25 +62,22 @@ class FakeGPU(TorchDispatchMode):
         tensors = list(leaves((*args, *kwargs.values())))
         on_gpu = [tensor.device.type == 'meta' for tensor in tensors]
         if not any(on_gpu):
-            return self.down(function, args, kwargs, tensors)
+            result = function(*args, **kwargs)
+            if function is aten._to_copy.default and result.device.type == 'meta':       # something is sent there
+                self.look_at(function, args, kwargs, tensors, result)
+            return result
         if function is aten._to_copy.default and torch.device(kwargs.get('device') or 'meta').type == 'cpu':
             result = torch.zeros_like(tensors[0], dtype=kwargs.get('dtype'), device='cpu')    # a number that nobody knows
         elif function is aten.copy_.default and not on_gpu[0]:
             result = args[0]
         else:
-            if function not in (*MOVES, *INDEX) and any(tensor.ndim and not there for tensor, there in zip(tensors, on_gpu)):
+            together = [] if function in MOVES else tensors[:1] if function in INDEX else tensors     # an index may be on the CPU
+            if any(tensor.ndim and tensor.device.type == 'cpu' for tensor in together):
                 raise RuntimeError(f'{function} is given tensors of both devices at {where()}')
             result = function(*args, **kwargs)
             if function is aten.convolution.default and any(map(is_channels_last, tensors[:2])):
                 result = torch.empty_like(result, memory_format=torch.channels_last)         # so cuDNN answers
         self.look_at(function, args, kwargs, tensors, result)
-        return result
-
-    def down(self, function, args, kwargs, tensors):
-        """An operation that is given nothing of the GPU: it may send something there."""
-        result = function(*args, **kwargs)
-        if function is aten._to_copy.default and result.device.type == 'meta':
-            self.look_at(function, args, kwargs, tensors, result)
         return result
 
     def look_at(self, function, args, kwargs, tensors, result) -> None:

@@ -393,6 +393,7 @@ def test_the_fake_gpu_refuses_what_a_real_one_refuses():
     with fake_gpu() as gpu:
         x = torch.rand(3, device=GPU)
         for wrong in (lambda: x + torch.rand(3), lambda: x.sum().item(), lambda: x[x > 0], lambda: x.nonzero(),
+                      lambda: torch.rand(3)[x.long()],
                       lambda: torch.rand(3, device=GPU, generator=torch.Generator())):
             with pytest.raises((RuntimeError, NotImplementedError)):
                 wrong()

@@ -97,7 +97,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         *,
         known_mask: Tensor | None = None,             # (b f) bool, which frames the network is told; None draws it
         known: Tensor | None = None,                  # (b c f h w), what it is told of them; None: what they are
-        own_steps: Tensor | None = None,              # (b), from where the network draws what it is told itself; see as_drawn
+        own_steps: Tensor | None = None,              # (b), whence it draws what it is told; None: it is told the truth
         reduction: str = 'mean',
         **network,                                    # null_cond_prob, null_cond_mask, ...: see Unet3D.forward
     ) -> Tensor:
@@ -133,7 +133,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         return loss.mean() if reduction == 'mean' else loss
 
     def draw(self, count: int, device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """All that forward draws for `count` videos but their steps, as its arguments: a row for each video."""
+        """All that is random in training on `count` videos but their steps, as arguments of forward: a row for each video."""
         draws = dict(noise=self.draw_noise((count, self.channels, self.num_frames, self.height, self.width), device, generator))
         if self.prob_cond_frames:
             draws['known_mask'] = self.draw_known(count, device, generator)

@@ -15,7 +15,7 @@ DEFAULTS = {
     'num_frames':       ((8, 8),                 (8, 8)),       # of the toy world; yours keep theirs up to max_frames
     'max_size':         ((32, 64),               (32, 128)),
     'max_frames':       ((8, 16),                (8, 17)),
-    'dim':              ((24, 64),               (16, 64), (128, 384)),     # thin at first: there pixels are most
+    'dim':              ((24, 64),               (16, 64), (128, 384)),    # thin at first: there pixels are most
     'depth':            (None,                   None,     (6, 12)),
     'patch':            ((2, 2),                 None,     (4, 2)),        # 1 in latents, which are small as they are
     'frame_patch':      (None,                   None,     (2, 1)),
