@@ -88,6 +88,7 @@ MODELS = {
     'plain': lambda: pixels(unet()),
     'captions': lambda: pixels(unet(cond_dim=6), objective='v', loss_type='l2', min_snr_gamma=5., offset_noise=0.1),
     'words of captions': lambda: pixels(unet(cond_dim=6, text_tokens=True), objective='x0', use_dynamic_thres=True),
+    'a noise for each frame': lambda: pixels(unet(cond_dim=6), objective='x0', frame_noise='independent'),
     'known frames': lambda: pixels(unet(cond_frames=True, use_sparse_linear_attn=False), prob_cond_frames=0.5),
     'activations computed twice': lambda: pixels(unet(checkpoint_activations=True)),
     'adapters': with_adapters,
@@ -118,8 +119,11 @@ def test_a_loss_and_its_gradients(name):
         video = torch.rand(SHAPE, device=GPU)
         moved(diffusion)
         draws = diffusion.draw(2, GPU, torch.Generator(GPU).manual_seed(0))
-        loss = diffusion(video, captions(diffusion), t=torch.randint(20, (2,), device=GPU), **draws)
+        if diffusion.frame_noise == 'independent':
+            draws |= dict(t=torch.tensor([[1, 8, 8, 8, 8], [0, 8, 8, 8, 8]]).to(GPU, non_blocking=True), own_steps=[5, None])
+        loss = diffusion(video, captions(diffusion), **{'t': torch.randint(20, (2,), device=GPU), **draws})
         loss.backward()
+        diffusion(video, captions(diffusion))
     assert loss.shape == () and loss.device == GPU and any(p.grad is not None for p in diffusion.parameters())
     assert gpu.waits == []
 

@@ -13,7 +13,18 @@ from test_known_frames import told_and_untold
 from video_diffusion import DiT, GaussianDiffusion, LatentDiffusion, TemporalVAE, Trainer, Unet3D, WordEncoder
 from video_diffusion.data.shapes import make_shapes
 from video_diffusion.diffusion import known_frames, long_videos
-from video_diffusion.diffusion.frame_levels import CLEAN, CUT, LOW, SILENT, as_drawn, draw_levels, levels, levels_differ, shortened
+from video_diffusion.diffusion.frame_levels import (
+    CLEAN,
+    CUT,
+    LOW,
+    SILENT,
+    as_drawn,
+    draw_levels,
+    levels,
+    levels_differ,
+    own_steps,
+    shortened,
+)
 from video_diffusion.diffusion.noise_schedule import cosine_schedule
 from video_diffusion.diffusion.samplers import SAMPLERS, spaced_steps
 from video_diffusion.distributed import Processes
@@ -111,28 +122,41 @@ def test_steps_of_training_cover_what_is_asked_later():
     drawn = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
     assert drawn.shape == (8000, FRAMES) and drawn.min() >= 0 and drawn.max() <= 999
     same = ~levels_differ(drawn)
-    assert 0.53 < same.float().mean() < 0.58 and torch.equal(drawn[same, 0], t[same])
+    assert 0.48 < same.float().mean() < 0.53 and torch.equal(drawn[same, 0], t[same])
     told = (~same) & ((drawn == t[:, None]) | (drawn <= LOW * 1000)).all(dim=1) & (drawn == t[:, None]).any(dim=1)
-    assert 0.37 < told.float().mean() < 0.43
-    low = drawn[told][:, 0]                                                      # a beginning is always known,
-    assert 0.45 < (low == 0).float().mean() < 0.6 and low.max() <= LOW * 1000    # half of the time without noise
+    assert 0.42 < told.float().mean() < 0.48
+    low, odd = drawn[told][:, 0], told.nonzero()[:, 0] % 2 == 1                  # a beginning is always known,
+    assert torch.equal(low == 0, odd) and low.max() <= LOW * 1000                # in every other clip without noise
+    assert low[~odd].float().std() > 0.25 * LOW * 1000
     two = (drawn[told] <= LOW * 1000).sum(dim=1) <= 2                            # and hardly more than that in most
     assert two.float().mean() > 0.5
     assert (drawn[told] == t[told, None]).any(dim=1).all()                       # and something is left to invent
     assert 0.15 < (drawn[told][:, -1] <= LOW * 1000).float().mean() < 0.35       # now and then the end is known as well
     again = draw_levels(t, FRAMES, 1000, torch.Generator().manual_seed(0))
     assert torch.equal(drawn, again)
+    assert draw_levels(torch.zeros(40, dtype=torch.long), FRAMES, 1).max() == 0
+
+
+def test_the_network_draws_the_noisy_ones_of_known_frames_from_any_step_of_the_lower_half():
+    t = draw_levels(torch.randint(500, 1000, (4000,)), FRAMES, 1000, torch.Generator().manual_seed(0))
+    steps = own_steps(t, 1000, torch.Generator().manual_seed(0))
+    drawn = torch.tensor([step is not None for step in steps])
+    assert drawn[1::2].float().mean() < 0.05 and 0.42 < drawn[::2].float().mean() < 0.52
+    assert not drawn[~levels_differ(t) | (t.amin(dim=1) == 0) | (t.amin(dim=1) > LOW * 1000)].any()
+    steps = [step for step in steps if step is not None]
+    assert 0 <= min(steps) < 20 and 480 < max(steps) < 500 and steps == [
+        step for step in own_steps(t, 1000, torch.Generator().manual_seed(0)) if step is not None]
 
 
 def test_a_model_draws_steps_of_its_own_and_remembers_how_it_was_built():
     diffusion = tiny()
     asked = []
     network = diffusion.denoise_fn.forward
-    diffusion.denoise_fn.forward = lambda x, t, **given: asked.append(t) or network(x, t, **given)
+    diffusion.denoise_fn.forward = lambda x, t, *more, **given: asked.append(t) or network(x, t, *more, **given)
     diffusion(torch.rand(16, 3, FRAMES, 8, 12))
-    assert asked[0].shape == (16, FRAMES) and levels_differ(asked[0]).any()
+    assert asked[-1].shape == (16, FRAMES) and levels_differ(asked[-1]).any() and len(asked) == 2
     assert GaussianDiffusion.from_config(diffusion.config()).frame_noise == 'independent'
-    assert tiny('shared').draw_levels(torch.tensor([3, 4])).tolist() == [3, 4]
+    assert tiny('shared').draw_steps(torch.tensor([3, 4]))['t'].tolist() == [3, 4]
 
 
 class Frozen(WordEncoder):
@@ -143,22 +167,23 @@ class Frozen(WordEncoder):
         self.requires_grad_(False)
 
 
-@pytest.mark.parametrize('encoder, share', [(lambda: WordEncoder(4, buckets=8), CUT), (Frozen, SILENT)])
-def test_a_trainer_leaves_captions_out_where_frames_tell_and_two_processes_draw_as_one(encoder, share, tmp_path):
-    """Fewer where it can cut the others short: a frozen encoder is asked for each caption once."""
+@pytest.mark.parametrize('encoder, of_drawn', [(lambda: WordEncoder(4, buckets=8), CUT), (Frozen, SILENT)])
+def test_a_trainer_leaves_captions_out_where_frames_tell_and_two_processes_draw_as_one(encoder, of_drawn, tmp_path):
+    """Beside frames that the network draws fewer, where it can cut the others short: a frozen encoder is asked for each caption once."""
     diffusion = tiny(cond_dim=4, text_encoder=encoder())
     trainer = Trainer(diffusion, make_shapes(tmp_path / 'clips', 2, 16, 12), results_folder=tmp_path, random_window=True,
                       null_cond_prob=0.1, processes=Processes(device=torch.device('cpu')))
-    draws = trainer.draw(0, 4000, 0.)
-    differ = levels_differ(draws['t'])
-    assert draws['t'].shape == (4000, FRAMES) and 0.35 < differ.float().mean() < 0.45
-    for which, share in ((differ, share), (~differ, 0.1)):
+    draws = trainer.draw(0, 8000, 0.)
+    differ, true = levels_differ(draws['t']), draws['t'].amin(dim=1) == 0
+    assert draws['t'].shape == (8000, FRAMES) and 0.42 < differ.float().mean() < 0.52
+    for which, share in ((differ & true, SILENT), (differ & ~true, of_drawn), (~differ, 0.1)):
         assert abs(draws['null_cond_mask'][which].float().mean() - share) < 0.03
     assert ('heard' in draws) == trainer.cuts_captions == (encoder is not Frozen)
     whole = trainer.draw(1, 6, 0.)
     trainer.processes = replace(trainer.processes, rank=1, world_size=2)
     half = trainer.draw(1, 3, 0.)
     assert half.keys() == whole.keys() >= {'t', 'noise', 'null_cond_mask', 'own_steps'}
+    assert half.pop('own_steps') == whole.pop('own_steps')[3:]
     assert all(torch.equal(half[name], whole[name][3:]) for name in half if name != 'prob_focus_present')
 
 
@@ -180,29 +205,32 @@ def test_captions_are_cut_short_only_beside_frames_and_the_network_hears_what_is
     assert all(len(text.split()) >= 4 for text, cut in zip(heard, told.tolist()) if not cut)      # a red circle turning
 
 
-def test_known_frames_of_every_other_clip_are_as_the_network_draws_them():
+def test_known_frames_are_as_the_network_draws_them():
     diffusion, cond = tiny(cond_dim=4), torch.randn(4, 4)
     x0, noise = torch.rand(4, 3, FRAMES, 8, 12) * 2 - 1, torch.randn(4, 3, FRAMES, 8, 12)
-    t, steps = torch.full((4, FRAMES), 40), torch.tensor([3, 9, 20, 4])
-    t[0, :2], t[1, 0], t[2] = torch.tensor([0, int(LOW * 50)]), 0, 7             # of the third, all frames are at a low one
-    seen = as_drawn(diffusion, x0, t, noise, cond, steps)
-    assert not seen.requires_grad and torch.equal(seen[1:], x0[1:]) and torch.equal(seen[0, :, 2:], x0[0, :, 2:])
-    noisy = diffusion.q_sample(x0[:1], steps[:1], noise[:1].roll(1, dims=2))
-    torch.testing.assert_close(seen[0, :, :2], diffusion.predict_x0(noisy, steps[:1], cond[:1])[0, :, :2])
-    assert (seen[0, :, :2] - x0[0, :, :2]).abs().mean() > 0.01
-    assert as_drawn(diffusion, x0, t[:, 4], noise, cond, steps) is x0            # one step for all: nothing is known
+    t, own = torch.full((4, FRAMES), 40), [None, 9, None, 4]
+    t[0, 0], t[1, :2], t[3] = 3, torch.tensor([1, int(LOW * 50)]), 7             # of the last, all frames are at a low one
+    seen = as_drawn(diffusion, x0, t, noise, cond, own)
+    assert not seen.requires_grad and torch.equal(seen[::2], x0[::2]) and torch.equal(seen[1, :, 2:], x0[1, :, 2:])
+    for clip, known in ((1, 2), (3, FRAMES)):
+        one, step = slice(clip, clip + 1), torch.tensor([own[clip]])
+        noisy = diffusion.q_sample(x0[one], step, noise[one].roll(1, dims=2))
+        torch.testing.assert_close(seen[clip, :, :known], diffusion.predict_x0(noisy, step, cond[one])[0, :, :known])
+        assert (seen[clip, :, :known] - x0[clip, :, :known]).abs().mean() > 0.01
+    assert as_drawn(diffusion, x0, t, noise, cond, [None] * 4) is x0
 
 
 def test_the_loss_asks_for_the_true_frames_beside_drawn_ones():
     diffusion, video = tiny(objective='x0'), torch.rand(2, 3, FRAMES, 8, 12)
-    t = torch.tensor([[0, 0, 40, 40, 40]] * 2)
+    t = torch.tensor([[1, 1, 40, 40, 40]] * 2)
     draws = diffusion.draw(2, video.device, torch.Generator().manual_seed(0))
     answers, network = [], diffusion.denoise_fn.forward
     diffusion.denoise_fn.forward = lambda x, *more, **given: answers.append((x, network(x, *more, **given))) or answers[-1][1]
-    loss = diffusion(video, t=t, **draws)
+    loss = diffusion(video, t=t, own_steps=[20, None], **draws)
     x, answer = answers[-1]
-    assert len(answers) == 2 and len(answers[0][0]) == 1 and not torch.equal(x[0, :, 0], diffusion.q_sample(
-        video * 2 - 1, t, draws['noise'])[0, :, 0])
+    assert len(answers) == 2 and len(answers[0][0]) == 1
+    as_it_is = diffusion.q_sample(video * 2 - 1, t, draws['noise'])
+    assert torch.equal(x[1], as_it_is[1]) and not torch.equal(x[0, :, 0], as_it_is[0, :, 0])
     torch.testing.assert_close(loss, (answer - (video * 2 - 1)).abs().mean())
 
 

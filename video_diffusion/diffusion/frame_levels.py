@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 CLEAN = -1
-LOW = 0.15                  # of all steps: known frames are trained with up to so much noise, for what a model drew is not perfect
-SILENT = 0.85               # of the clips that are told frames have no caption: the frames show it, and later windows have none
-CUT = 0.4                   # so many have none where captions of the others are cut short, and most of these do not tell all either
+LOW = 0.15                  # of all steps: known frames that are not to be trusted to the last pixel have up to so much noise
+SILENT = 0.85               # of the clips that are told true frames have no caption: the frames show it
+CUT = 0.4                   # of those that are told drawn ones, where the captions of the others are cut short: see shortened
 
 
 def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
@@ -43,22 +43,34 @@ def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
 def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
     """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
 
-    Of 20 clips 11 have one step for all frames, so that a video can be drawn from its caption alone, and 8 are told some frames,
-    rather few, at step 0 or slightly noisy, and have the others at one step. In one each frame has a step that has nothing to do
-    with those of the others, which is what a staircase needs, and any other matrix.
+    Of 20 clips 10 have one step for all frames, so that a video can be drawn from its caption alone, and 9 are told some frames,
+    rather few, and have the others at one step. Those of every other clip are at step 0 and true; those of the rest are slightly
+    noisy, for they are as the network draws them itself (as_drawn), and it must know which of the two it goes on from. In one
+    each frame has a step that has nothing to do with those of the others, which is what a staircase needs, and any other matrix.
     """
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
-    told = (0.55 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
-    known = ((2 * low - 1).clamp(min=0) * LOW * timesteps).long()                       # half of them 0
+    told = (0.5 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
+    every_other = torch.arange(len(t), device=t.device)[:, None] % 2 == 0
+    known = torch.where(every_other, (low * LOW * timesteps).long().clamp(1, timesteps - 1), 0)
     own = torch.randint(0, timesteps, (len(t), frames), **where)
     return torch.where(kind >= 0.95, own, torch.where(told, known, t[:, None]))
+
+
+def own_steps(t: Tensor, timesteps: int, generator: torch.Generator | None = None) -> list[int | None]:
+    """For clips with steps t (b f), on the CPU, those from which the network draws what they are told; None: it is the truth."""
+    low, least = LOW * timesteps, t.amin(dim=1)
+    drawn = levels_differ(t) & (0 < least) & (least <= low)
+    steps = torch.randint(0, max(1, timesteps // 2), (len(t),), generator=generator)
+    return [step if own else None for step, own in zip(steps.tolist(), drawn.tolist())]
 
 
 def null_share(t: Tensor, share: float, cut: bool = False) -> Tensor:
     """How often to drop the captions of clips with these steps (b), where it is this share of those with one for all frames.
     `cut`: the other captions are shortened."""
-    return torch.where(levels_differ(t), max(CUT if cut else SILENT, share), share)
+    true = t.view(len(t), -1).amin(dim=1) == 0
+    told = torch.where(true, SILENT, CUT if cut else SILENT).clamp(min=share)
+    return torch.where(levels_differ(t), told, share)
 
 
 def shortened(captions: list[str], t: Tensor, where: Tensor) -> list[str]:
@@ -73,21 +85,20 @@ def shortened(captions: list[str], t: Tensor, where: Tensor) -> list[str]:
 
 
 @torch.no_grad()
-def as_drawn(diffusion, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor | None, steps: Tensor) -> Tensor:
-    """x0 (b c f h w) with the known frames of every other clip as the network makes them out at `steps` (b).
+def as_drawn(diffusion, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor | None, own: list[int | None]) -> Tensor:
+    """x0 (b c f h w) with its known frames as the network makes them out in one step, from the steps that `own_steps` gives.
 
     What it goes on from in a long video it has drawn itself, a little wrong, and it would go on from the error: a circle becomes
     a square in ten windows. Here it learns to see the circle (arXiv 2512.15702).
     """
-    if t.ndim == 1:
+    clips = [clip for clip, step in enumerate(own) if step is not None]
+    if not clips:
         return x0
-    some = slice(None, None, 2)
-    clips, cond = x0[some], None if cond is None else cond[some]
-    noisy = diffusion.q_sample(clips, steps[some], noise[some].roll(1, dims=2))       # which no frame gets a second time
-    known = levels_differ(t)[some, None] & (t[some] <= LOW * diffusion.num_timesteps)                       # b f
-    seen = x0.clone()
-    seen[some] = torch.where(known[:, None, :, None, None], diffusion.predict_x0(noisy, steps[some], cond), clips)
-    return seen
+    rows, steps = (torch.tensor(each).to(x0.device, non_blocking=True) for each in (clips, [own[clip] for clip in clips]))
+    cond = None if cond is None else cond[rows]
+    noisy = diffusion.q_sample(x0[rows], steps, noise[rows].roll(1, dims=2))           # which no frame gets a second time
+    known = (t[rows] <= LOW * diffusion.num_timesteps)[:, None, :, None, None]
+    return x0.index_copy(0, rows, torch.where(known, diffusion.predict_x0(noisy, steps, cond), x0[rows]))
 
 
 def levels_differ(t: Tensor) -> Tensor:

@@ -93,11 +93,11 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         video: Tensor,                                # (b c f h w) in [0, 1]
         cond: Tensor | Sequence[str] | None = None,   # (b cond_dim), or a caption for each video
         noise: Tensor | None = None,                  # from draw_noise; None draws it here
-        t: Tensor | None = None,                      # (b), or (b f) of draw_levels, likewise
+        t: Tensor | None = None,                      # from draw_steps, (b) or (b f), likewise
         *,
         known_mask: Tensor | None = None,             # (b f) bool, which frames the network is told; None draws it
         known: Tensor | None = None,                  # (b c f h w), what it is told of them; None: what they are
-        own_steps: Tensor | None = None,              # (b), whence it draws what it is told; None: it is told the truth
+        own_steps: list[int | None] | None = None,    # of each video, whence it draws what it is told; None: it is told the truth
         reduction: str = 'mean',
         **network,                                    # null_cond_prob, null_cond_mask, ...: see Unet3D.forward
     ) -> Tensor:
@@ -107,17 +107,17 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             raise ValueError('known_mask was given, but the network is never told frames: prob_cond_frames is 0')
         x0 = self.to_network(video)
         if t is None:
-            t = self.draw_levels(torch.randint(0, self.num_timesteps, (len(x0),), device=x0.device))
+            drawn = self.draw_steps(torch.randint(0, self.num_timesteps, (len(x0),)))
+            t, own_steps = drawn['t'].to(x0.device, non_blocking=True), drawn.get('own_steps')
         told = {}
         if self.prob_cond_frames:
-            if known_mask is None:
-                known_mask = self.draw_known(len(x0), x0.device)
+            known_mask = self.draw_known(len(x0), x0.device) if known_mask is None else known_mask
             told = dict(known=x0 if known is None else self.to_network(known), known_mask=known_mask)
         return self.p_losses(x0, t, cond, noise, reduction=reduction, own_steps=own_steps, **network, **told)
 
     def p_losses(
         self, x_start: Tensor, t: Tensor, cond: Tensor | Sequence[str] | None = None, noise: Tensor | None = None,
-        *, reduction: str = 'mean', own_steps: Tensor | None = None, **network,
+        *, reduction: str = 'mean', own_steps: list[int | None] | None = None, **network,
     ) -> Tensor:
         """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
         one_of('reduction', reduction, ('mean', 'none'))
@@ -137,14 +137,14 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         draws = dict(noise=self.draw_noise((count, self.channels, self.num_frames, self.height, self.width), device, generator))
         if self.prob_cond_frames:
             draws['known_mask'] = self.draw_known(count, device, generator)
-        if self.frame_noise == 'independent':
-            draws['own_steps'] = torch.randint(0, max(1, self.num_timesteps // 2), (count,), device=device, generator=generator)
         return draws
 
-    def draw_levels(self, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The steps of clips (b) as forward takes them: (b f) where each frame has a noise of its own."""
-        shared = self.frame_noise == 'shared'
-        return t if shared else frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator)
+    def draw_steps(self, t: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor | list]:
+        """The steps of clips (b), on the CPU, as forward takes them: spread to (b f) where each frame has a noise of its own."""
+        if self.frame_noise == 'shared':
+            return dict(t=t)
+        t = frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator)
+        return dict(t=t, own_steps=frame_levels.own_steps(t, self.num_timesteps, generator))
 
     def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
         """Noise (b c f h w) to train with. Plain noise hardly changes the mean of a clip, so the network learns to believe it,

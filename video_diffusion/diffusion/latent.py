@@ -100,7 +100,7 @@ class LatentDiffusion(nn.Module):
     prob_cond_frames = property(lambda self: self.diffusion.prob_cond_frames)
     frame_noise = property(lambda self: self.diffusion.frame_noise)
     alpha = property(lambda self: self.diffusion.alpha)
-    draw_levels = property(lambda self: self.diffusion.draw_levels)
+    draw_steps = property(lambda self: self.diffusion.draw_steps)
     embed = property(lambda self: self.diffusion.embed)
 
     def train(self, mode: bool = True) -> 'LatentDiffusion':

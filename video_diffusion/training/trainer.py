@@ -203,13 +203,13 @@ class Trainer(TrainingLoop):
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = t ** (1 / self.noise_bias)
         t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
-        steps = self.diffusion.draw_levels(t, generator)[rows]
+        draws = {name: drawn[rows] for name, drawn in self.diffusion.draw_steps(t, generator).items()}
         if self.device.type != 'cpu':
             generator = seeded_generator(self.seed, 'noise', number, device=self.device)
-        where, draws = dict(device=self.device, generator=generator), dict(t=steps)
+        where = dict(device=self.device, generator=generator)
         draws |= {name: drawn[rows] for name, drawn in self.diffusion.draw(clips, **where).items()}
         if self.use_captions:
-            null_share = frame_levels.null_share(steps, self.null_cond_prob, self.cuts_captions)
+            null_share = frame_levels.null_share(draws['t'], self.null_cond_prob, self.cuts_captions)
             draws['null_cond_mask'] = torch.rand(clips, **where)[rows] < null_share.to(self.device, non_blocking=True)
         if self.cuts_captions:
             draws['heard'] = torch.rand(clips, generator=seeded_generator(self.seed, 'words', number))[rows]
