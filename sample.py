@@ -19,6 +19,7 @@ import argparse
 import re
 import tempfile
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ FLAGS = {
     ],
     'other models': [
         Flag('--low-res', str, None, 'the clip that a model of train.py --low-res is to enlarge', metavar='FILE'),
-        Flag('--reconstruct', str, None, 'put this clip through a VAE, there and back', metavar='CLIP'),
+        Flag('--reconstruct', str, None, 'put this clip, or its first --frames, through a VAE, there and back', metavar='CLIP'),
     ],
 }
 SETTINGS = {field.name for field in fields(Sampling)}
@@ -116,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryFile(dir=args.out):                     # can it be written?
         pass
     if is_vae:
-        idle = given.keys() - {'checkpoint', 'reconstruct', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
+        idle = given.keys() - {'checkpoint', 'reconstruct', 'frames', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
         if idle:
             raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with --reconstruct')
         reconstruct(vae_from_state(state).to(processes.device), args)
@@ -139,6 +140,8 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
             diffusion.float()                                      # most CPUs are slow at anything shorter
     if args.text_encoder is not None and not diffusion.denoise_fn.has_cond:
         raise ValueError('--text-encoder: this model was trained without captions, leave it out')
+    if args.lora is None and 'lora_scale' in given:
+        raise ValueError('--lora-scale says how much of what adapters change to make: give --lora too')
     if args.lora is not None:
         put_in_lora(diffusion, args.lora, args.lora_scale)
     if args.tile is not None and not isinstance(diffusion, LatentDiffusion):
@@ -148,14 +151,16 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
         diffusion.tile = args.tile
     one_at_a_time(diffusion, processes.device) if args.offload else diffusion.to(processes.device)
     prompts = read_prompts(args, wanted=diffusion.denoise_fn.has_cond)
-    count = len(prompts) if prompts else args.count or 4
+    number = len(prompts) if prompts else args.count or 4
+    more_frames = 'give --frames too' if state['config'] else 'CogVideoX draws all of its frames at once'
     for name in ('later_cond_scale', 'later_prompt'):
         if getattr(args, name) is not None and args.frames is None:
-            raise ValueError(f'--{name.replace("_", "-")} is for videos that are drawn piece by piece: give --frames too')
+            raise ValueError(f'--{name.replace("_", "-")} is for videos that are drawn piece by piece: {more_frames}')
     settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
-    more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, state.get('fps')),
-                low_res=read_low_res(args, diffusion), num_frames=args.frames, later_cond_scale=args.later_cond_scale)
-    videos = sample_many(diffusion, in_turn(prompts, args), count, batch_size=args.batch_size, seed=args.seed,
+    fps = state.get('fps')
+    more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, fps), num_frames=args.frames,
+                low_res=read_low_res(args, diffusion, fps), later_cond_scale=args.later_cond_scale)
+    videos = sample_many(diffusion, in_turn(prompts, args, more_frames), number, batch_size=args.batch_size, seed=args.seed,
                          processes=processes, **settings, **{name: value for name, value in more.items() if value is not None})
     if processes.is_main:
         write(videos, prompts, args, fps=args.fps or state.get('fps', 1 / 0.12))
@@ -173,7 +178,7 @@ def put_in_lora(diffusion: GaussianDiffusion | LatentDiffusion, path: str, scale
 def reconstruct(vae, args: argparse.Namespace) -> None:
     """The clip, cut to a size that fits the VAE, and what is left of it after the latents."""
     fps = args.fps or clip_shape(args.reconstruct)[1]
-    clip = read_clip(args.reconstruct, vae.config['in_channels'], fps=args.fps)        # c f h w
+    clip = read_clip(args.reconstruct, vae.config['in_channels'], fps=args.fps, num_frames=args.frames)        # c f h w
     frames, height, width = clip.shape[1:]
     unit = vae.space_compression
     size = [max(unit, side // unit * unit) for side in (height, width)]
@@ -181,21 +186,25 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     video = clip[None].to(next(vae.parameters()).device).float() / 255
     z = vae.encode(video).mode()
     again = vae.decode(z, video.shape[2]).clamp(0, 1)
-    out, name = Path(args.out), Path(args.reconstruct).stem
-    write_clip(again[0], out / f'{name}.{args.format}', fps)
-    compared = torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0]
-    write_clip(compared, out / f'{name}-compared.{args.format}', fps, scale=None)
-    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {out / name}.{args.format}, '
-          f'{psnr(video, again).item():.1f} dB PSNR; beside the clip, with four times the difference: '
-          f'{out / name}-compared.{args.format}')
+    stem = Path(args.out) / Path(args.reconstruct).stem
+    names = (f'{stem}-reconstructed{number}.{args.format}' for number in ('', *(f'-{i}' for i in count(2))))
+    name = next(name for name in names if args.overwrite or not Path(name).exists())
+    beside = name.replace('-reconstructed', '-compared')
+    write_clip(again[0], name, fps)
+    write_clip(torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0], beside, fps, scale=None)
+    print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {name}, {psnr(video, again).item():.1f} dB PSNR; '
+          f'beside the clip, with four times the difference: {beside}')
 
 
 def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     """The prompts, each as often as --count says; None for a model that takes none. Of prompt@@image the images are what the
-    videos begin with: one for all if only one is given."""
+    videos begin with."""
     prompts = list(args.prompt or [])
     if args.prompts_file:
-        lines = Path(args.prompts_file).read_text(encoding='utf-8').splitlines()
+        try:
+            lines = Path(args.prompts_file).read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f'{args.prompts_file} is not UTF-8: save the prompts as UTF-8 text') from None
         prompts += [line.strip() for line in lines if line.strip()]
     split = [prompt.partition('@@') for prompt in prompts]
     images = [image.strip() for _, _, image in split if image]
@@ -212,15 +221,17 @@ def read_prompts(args: argparse.Namespace, wanted: bool) -> list[str] | None:
     return [prompt for prompt in prompts for _ in range(args.count or 1)] or None
 
 
-def in_turn(prompts: list[str] | None, args: argparse.Namespace) -> list | None:
+def in_turn(prompts: list[str] | None, args: argparse.Namespace, more_frames: str = 'give --frames too') -> list | None:
     """Prompts for long videos: of "first => next" a list of what happens one after the other; of --later-prompt one that has it
     from the second piece on."""
     if args.later_prompt is not None:
         if prompts is None or any('=>' in prompt for prompt in prompts):
             raise ValueError('--later-prompt follows a --prompt without =>: that says itself what happens in turn')
         return [[prompt, *[args.later_prompt] * args.frames] for prompt in prompts]      # there are no more pieces than frames
-    if prompts is None or args.frames is None:
+    if prompts is None or not any('=>' in prompt for prompt in prompts):
         return prompts
+    if args.frames is None:
+        raise ValueError(f'=> in a prompt is for videos that are drawn piece by piece: {more_frames}')
     return [[part.strip() for part in prompt.split('=>')] if '=>' in prompt else prompt for prompt in prompts]
 
 
@@ -232,7 +243,9 @@ def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | L
         return None
     if isinstance(args.first_frames, list):
         rows = [argparse.Namespace(**{**vars(args), 'first_frames': image}) for image in args.first_frames]
-        return torch.cat([read_first_frames(row, diffusion, fps) for row in rows])
+        clips = [read_first_frames(row, diffusion, fps) for row in rows]
+        shortest = min(clip.shape[2] for clip in clips)            # all videos of a batch know as many frames
+        return torch.cat([clip[:, :, -shortest:] for clip in clips])
     clip = read_clip(args.first_frames, diffusion.channels, fps=fps, size=(diffusion.height, diffusion.width))
     most = min(clip.shape[1], diffusion.num_frames - 1)
     lengths = diffusion.whole_lengths() if isinstance(diffusion, LatentDiffusion) else range(1, diffusion.num_frames)
@@ -244,21 +257,21 @@ def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | L
     return clip[None, :, -known:].float().to(diffusion.alpha.device) / 255
 
 
-def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion) -> Tensor | None:
-    """A small clip (1 c f h w), of the size that the model enlarges."""
+def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | LatentDiffusion, fps: float | None) -> Tensor | None:
+    """A small clip (1 c f h w), of the size and rate that the model enlarges."""
     factor = getattr(diffusion, 'low_res', None)
     if (args.low_res is None) != (factor is None):
         raise ValueError(f'{args.checkpoint} ' + (f'enlarges clips {factor} times: give it one with --low-res' if factor else
                          'was not trained with --low-res: it has no use for a small clip'))
     if factor is None:
         return None
-    clip = read_clip(args.low_res, diffusion.channels, size=(diffusion.height // factor, diffusion.width // factor))
+    clip = read_clip(args.low_res, diffusion.channels, fps=fps, size=(diffusion.height // factor, diffusion.width // factor))
     return clip[None, :, :diffusion.num_frames].float() / 255
 
 
 def write(videos: Tensor, prompts: list[str] | None, args: argparse.Namespace, fps: float) -> None:
     folder, overwrite = Path(args.out), args.overwrite
-    taken = [re.fullmatch(r'(\d{3})(-.*)?', path.stem) for path in folder.glob(f'*.{args.format}')]
+    taken = [re.fullmatch(r'(\d{3,})(-.*)?', path.stem) for path in folder.glob(f'*.{args.format}')]
     first = 0 if overwrite else max((int(match[1]) + 1 for match in taken if match), default=0)
     for i, video in enumerate(videos):
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''

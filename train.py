@@ -41,11 +41,11 @@ from video_diffusion import (
     video_tensor_to_gif,
 )
 from video_diffusion.checks import number, whole
-from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder
+from video_diffusion.data.folder import CLIPS, IMAGES, ClipFolder, all_texts
 from video_diffusion.diffusion.latent import diffusion_from_state
 from video_diffusion.networks.text import word_rows
 from video_diffusion.training.finetune import ADAM, begin_with, caches, recipe
-from video_diffusion.training.flags import DEFAULTS, FLAGS, V, fill_in_defaults, refuse_idle_flags
+from video_diffusion.training.flags import DEFAULTS, FLAGS, D, V, fill_in_defaults, refuse_idle_flags
 from video_diffusion.training.memory import estimate
 from video_diffusion.training.precision import be_deterministic
 from video_diffusion.training.script import draw_toy_world, like_the_clips, one_line_errors, parse
@@ -69,7 +69,8 @@ def main() -> None:
         raise ValueError(f'{args.results} already holds a run: go on with it by --resume, or choose another --results')
 
     whole('seed', args.seed, 0, 2 ** 63 - 1)
-    folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict)
+    folder = ClipFolder(args.folder or toy_world(args, processes), CLIPS + IMAGES if args.images else CLIPS, args.strict,
+                        captions=args.stage == D and not args.unconditional)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     make = diffusion_trainer if args.model is None else fine_tuner
     trainer = vae_trainer(args, folder, processes) if args.stage == V else make(args, given, folder, processes)
@@ -118,6 +119,8 @@ def say_what_is_trained(size: tuple[int, int, int], model, processes: distribute
 
 def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> Trainer:
     vae = vae_from_checkpoint(args.vae) if args.vae else None
+    if vae and args.folder is None and vae.config['in_channels'] != 3:
+        raise ValueError(f'{args.vae} is not a VAE of colours, by which the toy world is told apart: give a folder of your own')
     told = args.known_frames if args.low_res is None else 1.
     dit = args.network == 'dit'
     multiple = args.patch * (1 if dit else 2 ** (len(args.dim_mults) - 1))            # the U-Net halves frames so often
@@ -129,7 +132,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         frames = max(1, frames // args.frame_patch) * args.frame_patch
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
     size[0] += -size[0] % args.frame_patch if dit and vae else 0                      # see latent.py: the first is there twice
-    captioned = not args.unconditional and folder.captions is not None
+    captioned = folder.captions is not None
     if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
@@ -200,7 +203,7 @@ def fine_tuner(args: argparse.Namespace, given: dict, folder: ClipFolder, proces
 def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | None, captions: list[str], **how) -> Unet3D | DiT:
     how |= dict(cond_dim=encoder.dim if encoder else None, channels=channels, checkpoint_activations=args.checkpoint_activations)
     if args.network == 'dit':
-        longest = max([8, *(len(word_rows(caption, 1)) for caption in captions)])     # or there would be no room for some
+        longest = max([8, *(len(word_rows(text, 1)) for text in all_texts(captions))])     # or there would be no room for some
         return DiT(args.dim, depth=args.depth, dim_head=args.attn_dim_head, patch=args.patch, frame_patch=args.frame_patch,
                    text_length=longest, **how)
     return Unet3D(args.dim, dim_mults=tuple(args.dim_mults), attn_heads=args.attn_heads, attn_dim_head=args.attn_dim_head,

@@ -175,7 +175,7 @@ def misfit(value, place: Tensor) -> str | None:
 
 
 def moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """What an optimizer remembers of each weight, if it is of our kind and fits. Of its settings only numbers are believed."""
+    """What an optimizer remembers of each weight, if it is of our kind and fits. Its settings are those of this run."""
     groups = optimizer.state_dict()['param_groups']
     if [len(group['params']) for group in state['param_groups']] != [len(group['params']) for group in groups]:
         raise ValueError('it was trained by another optimizer (Adam, or Muon, which has muon_lr): choose that one')
@@ -186,8 +186,6 @@ def moments(state: dict, optimizer: torch.optim.Optimizer) -> dict:
         shapes = {name: () if name == 'step' else tuple(weight.shape) for name in names}
         if {name: tuple(value.shape) for name, value in kept.items() if value.is_floating_point()} != shapes:
             raise ValueError(f'what its optimizer remembers of weight {number} is not of the shape {tuple(weight.shape)}')
-    for group, stored in zip(groups, state['param_groups']):
-        group |= {name: value for name, value in stored.items() if isinstance(value, float) and isinstance(group.get(name), float)}
     return {'state': state['state'], 'param_groups': groups}
 
 

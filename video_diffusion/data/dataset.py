@@ -22,6 +22,7 @@ wish, that the p-th clip of the sequence depends on p and the seed alone:
 
 import atexit
 import hashlib
+import math
 import os
 import signal
 import warnings
@@ -96,14 +97,23 @@ class GifDataset(Dataset):
         return video if caption is None else (video, caption)
 
     def hold_out(self, count: int) -> 'GifDataset':
-        """Takes `count` clips, from all over the folder, out of this dataset; they become one of their own."""
+        """Takes `count` clips, from all over the folder, out of this dataset; they become one of their own.
+
+        Clips of one file may overlap, so of several files those that they come from are not trained on at all."""
         if not 0 < count < len(self):
             raise ValueError(f'cannot hold out {count} of {len(self)} clips to measure on: there must be one more than that '
                              'to train on')
-        chosen = {i * len(self) // count for i in range(count)}
+        files = sorted(set(self.paths))
+        apart = math.ceil(count / self.clips_per_video)
+        if apart >= len(files) > 1:
+            raise ValueError(f'cannot hold out {count} of {len(self)} clips to measure on: they come from {len(files)} files, and '
+                             'one or more of these are to train on')
+        chosen = {files[i * len(files) // apart] for i in range(apart)}
+        theirs = [i for i, path in enumerate(self.paths) if path in chosen]
+        taken = {theirs[i * len(theirs) // count] for i in range(count)}
+        left = taken if len(files) == 1 else set(theirs)
         rest = copy(self)
-        for dataset, inside in ((rest, True), (self, False)):
-            kept = [i for i in range(len(dataset)) if (i in chosen) == inside]
+        for dataset, kept in ((rest, sorted(taken)), (self, [i for i in range(len(self)) if i not in left])):
             dataset.paths = [dataset.paths[i] for i in kept]
             dataset.parts = [dataset.parts[i] for i in kept]
             dataset.captions = dataset.captions and [dataset.captions[i] for i in kept]

@@ -53,7 +53,8 @@ def write_clip(video: Tensor, path, fps: float, scale: int | None = 1) -> None:
         if is_video(path):
             video_tensor_to_mp4(video, unfinished, fps, scale=scale)
         else:
-            video_tensor_to_gif(video, unfinished, duration=round(1000 / fps), scale=scale)
+            # What is faster than 50 pictures a second plays at 10, as browsers have it.
+            video_tensor_to_gif(video, unfinished, duration=max(20, round(1000 / fps)), scale=scale)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -69,15 +70,16 @@ def is_video(path) -> bool:
 
 
 class ClipFolder:
-    """All files below `folder` with one of these endings that look whole: `paths`, sorted, and `captions`, or None."""
+    """All files below `folder` with one of these endings that look whole: `paths`, sorted, and `captions`, or None; those who
+    need none need not have them read."""
 
-    def __init__(self, folder, exts: tuple[str, ...] = CLIPS, strict: bool = False):
+    def __init__(self, folder, exts: tuple[str, ...] = CLIPS, strict: bool = False, captions: bool = True):
         self.folder = Path(folder)
         found, tables = walk(self.folder, exts)
         if any(map(is_video, found)):
             import_av()
         self.paths = without_damaged(found, strict)
-        self.captions = read_captions(self.paths, tables)
+        self.captions = read_captions(self.paths, tables) if captions else None
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -169,12 +171,19 @@ class Caption(str):
         return [str(self), *(text for first, text in self.later if first <= frame)][-1]
 
 
+def all_texts(*captions: list[str]) -> set[str]:
+    """All that clips with these captions may be told, window by window."""
+    return {text for some in captions for one in some for text in (str(one), *(later for _, later in getattr(one, 'later', ())))}
+
+
 def read_captions(paths: list[Path], tables: list[str]) -> list[str] | None:
     listed = {}
     for table in tables:
         listed |= read_table(table)
-    captions = [read_caption(path) or listed.get(str(path), '') for path in paths]
+    captions = [read_caption(path) or listed.get(os.path.normpath(path), '') for path in paths]
     missing = [path for path, caption in zip(paths, captions) if not caption]
+    if len(missing) == len(paths) and any(listed.values()):
+        raise ValueError(f'{tables[0]} has captions, but of no clip that is there: {next(iter(listed))} is one that is not')
     if len(missing) == len(paths):
         return None
     if missing:

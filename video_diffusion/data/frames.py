@@ -46,11 +46,12 @@ def naming(path) -> Iterator[None]:
 
 
 def nearest(timed: Iterable, fps: float, start: int = 0, num_frames: int | None = None) -> Iterator:
-    """Of (seconds, frame) those nearest to start / fps, (start + 1) / fps, ...; until the film ends, or there are enough."""
+    """Of (seconds, frame) those nearest to start / fps, (start + 1) / fps, ...; until the film ends, or there are enough. A single
+    picture is no film, and comes once."""
     wanted = count(start) if num_frames is None else iter(range(start, start + num_frames))
     target = next(wanted, None)
-    for (seconds, frame), (later, following) in pairwise(timed):
-        until = later if following is None else (seconds + later) / 2
+    for number, ((seconds, frame), (later, following)) in enumerate(pairwise(timed)):
+        until = (later if number else min(later, 1 / fps)) if following is None else (seconds + later) / 2
         while target is not None and target / fps < until - 1e-6:
             yield frame
             target = next(wanted, None)
@@ -60,7 +61,7 @@ def nearest(timed: Iterable, fps: float, start: int = 0, num_frames: int | None 
 
 def count_frames(frames: int, rate: float, fps: float | None) -> int:
     """How many there are at `fps` of a clip that has so many at `rate`."""
-    return frames if fps is None else max(1, math.ceil(frames / rate * fps - 1e-6))
+    return frames if fps is None or frames == 1 else max(1, math.ceil(frames / rate * fps - 1e-6))
 
 
 def collect(path, frames: Iterable[Tensor], start: int = 0) -> Tensor:

@@ -40,6 +40,10 @@ GRAPHIC_CONTROL = 0xF9                          # the extension with disposal an
 LEAST_SIDE = 96                                 # pixels that a person can see
 MAX_CANVAS = 2**23                              # pixels: those of a 4K film, and no GIF is so large
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP')        # of pictures: others would let Pillow start other programs
+ORIENTATION, Turn = 0x0112, Image.Transpose     # EXIF's number for how to turn a photo
+TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM,
+         5: Turn.TRANSPOSE, 6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
+SIDEWAYS = (Turn.TRANSPOSE, Turn.ROTATE_270, Turn.TRANSVERSE, Turn.ROTATE_90)
 
 # ------------------------------------------------------------------------------------- reading
 
@@ -83,7 +87,8 @@ def picture_shape(path) -> tuple[int, float, int, int]:
             return len(seconds), len(seconds) / max(sum(seconds), 1e-3), height, width
         image = open_picture(data)
         frames = 1 if image.format == 'MPO' else getattr(image, 'n_frames', 1)
-        return frames, 1000 / (image.info.get('duration') or 100), image.height, image.width
+        height, width = image.size if turn_of(image) in SIDEWAYS else image.size[::-1]
+        return frames, 1000 / (image.info.get('duration') or 100), height, width
 
 
 def is_gif(data: bytes) -> bool:
@@ -165,19 +170,30 @@ def skip_blocks(data: bytes, position: int) -> int:
 def other_frames(data: bytes, channels: int, size: Size | None) -> Iterator[tuple[float, np.ndarray | None]]:
     """The same for other pictures: WebP, APNG, or a still one as a clip of one frame."""
     image, now, shrink = open_picture(data), 0., 1
+    turn = turn_of(image)
     if size is not None:                                                    # large photos: fast and roughly to twice the size
+        size = size[::-1] if turn in SIDEWAYS else size
         image.draft(None, (2 * size[1], 2 * size[0]))                       # a JPEG can be decoded smaller than it is
         shrink = max(1, min(image.height // (2 * size[0]), image.width // (2 * size[1])))
     check_size(image.height, image.width)
     # A JPEG with more than one picture is not a film: phones put a small copy behind the large one.
     for frame in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
+        if frame.mode.startswith('I'):                                      # 16 bits a pixel: to Pillow all is white from 256 on
+            frame = Image.fromarray((np.asarray(frame) >> 8).astype(np.uint8))
         rgba = (frame if frame.mode == 'RGBA' else frame.convert('RGBA')).reduce(shrink)
+        rgba = rgba if turn is None else rgba.transpose(turn)
         on_black = Image.composite(rgba, Image.new('RGBA', rgba.size), rgba.getchannel('A'))
+        on_black.putalpha(rgba.getchannel('A'))
         if channels == 1:
             on_black = on_black.convert('L').convert('RGBA')
         yield now, np.asarray(on_black).view(np.uint32)[..., 0]
         now += (frame.info.get('duration') or 100) / 1000
     yield now, None
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a photo upright: phones write down how they were held, and do not turn the picture."""
+    return TURNS.get(image.getexif().get(ORIENTATION))
 
 
 def open_picture(data: bytes) -> Image.Image:

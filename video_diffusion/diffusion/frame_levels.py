@@ -51,7 +51,7 @@ def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generat
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
     told = (0.5 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
-    every_other = torch.arange(len(t), device=t.device)[:, None] % 2 == 0
+    every_other = (torch.arange(len(t), device=t.device) + torch.randint(0, 2, (1,), **where))[:, None] % 2 == 0
     known = torch.where(every_other, (low * LOW * timesteps).long().clamp(1, timesteps - 1), 0)
     own = torch.randint(0, timesteps, (len(t), frames), **where)
     return torch.where(kind >= 0.95, own, torch.where(told, known, t[:, None]))
@@ -91,14 +91,15 @@ def as_drawn(diffusion, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor | Non
     What it goes on from in a long video it has drawn itself, a little wrong, and it would go on from the error: a circle becomes
     a square in ten windows. Here it learns to see the circle (arXiv 2512.15702).
     """
-    clips = [clip for clip, step in enumerate(own) if step is not None]
-    if not clips:
-        return x0
-    rows, steps = (torch.tensor(each).to(x0.device, non_blocking=True) for each in (clips, [own[clip] for clip in clips]))
+    drawn = {clip: step for clip, step in enumerate(own) if step is not None}
+    one_or_more = drawn or {0: 0}           # of a network in shares (shard.py) every process has one, so none may be left waiting
+    rows, steps = (torch.tensor(list(each)).to(x0.device, non_blocking=True) for each in (one_or_more, one_or_more.values()))
     cond = None if cond is None else cond[rows]
     noisy = diffusion.q_sample(x0[rows], steps, noise[rows].roll(1, dims=2))           # which no frame gets a second time
+    clean = diffusion.predict_x0(noisy, steps, cond)
+    torch.clear_autocast_cache()            # older versions would take from it, for the loss, weights that no gradient reaches
     known = (t[rows] <= LOW * diffusion.num_timesteps)[:, None, :, None, None]
-    return x0.index_copy(0, rows, torch.where(known, diffusion.predict_x0(noisy, steps, cond), x0[rows]))
+    return x0.index_copy(0, rows, torch.where(known, clean, x0[rows])) if drawn else x0
 
 
 def levels_differ(t: Tensor) -> Tensor:

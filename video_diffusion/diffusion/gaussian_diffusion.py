@@ -219,8 +219,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
         return long_videos.window_by_window(
-            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
-            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
+            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap, later_cond_scale,
+            lengths=range(1, self.num_frames), first_frames=first_frames, seed=seed, progress=progress)
 
     @torch.no_grad()
     def ddim_invert(

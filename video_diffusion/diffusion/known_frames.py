@@ -38,10 +38,13 @@ def best_way(diffusion) -> str:
 
 
 def at_level(levels: Tensor, noise: Tensor, known: Tensor, mask: Tensor, level: int, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix of levels (rows f), in which known frames stay at theirs: (rows b f); and the noise, with them in it."""
+    """A matrix of levels (rows f), in which known frames stay at theirs: (rows b f), without the rows in which nothing else
+    moves; and the noise, with them in it."""
     if level != CLEAN:
         known = alpha_bar[level].sqrt().item() * known + (1 - alpha_bar[level]).sqrt().item() * noise
     levels = torch.where(mask.cpu(), level, levels[:, None])
+    moves = (levels[1:] != levels[:-1]).flatten(1).any(dim=1)
+    levels = torch.cat((levels[:-1][moves], levels[-1:]))
     return levels, torch.where(mask[:, None, :, None, None], known, noise)
 
 

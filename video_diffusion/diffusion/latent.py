@@ -211,6 +211,7 @@ class LatentDiffusion(nn.Module):
 
     # Sampling
 
+    @torch.inference_mode(False)                      # as in GaussianDiffusion
     @torch.no_grad()
     def sample(
         self,
@@ -249,11 +250,9 @@ class LatentDiffusion(nn.Module):
         """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: three in four, about)."""
         if self.low_res:
             raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
-        if overlap is None:
-            overlap = long_videos.usual_overlap(self.num_frames, self.whole_lengths())
         return long_videos.window_by_window(
-            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap=overlap,
-            later_cond_scale=later_cond_scale, first_frames=first_frames, seed=seed, progress=progress)
+            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap, later_cond_scale,
+            lengths=self.whole_lengths(), first_frames=first_frames, seed=seed, progress=progress)
 
     def ddim_invert(self, video: Tensor, cond: Tensor | Sequence[str] | None = None, **how) -> Tensor:
         """As GaussianDiffusion.ddim_invert: the noise (b c f h w) of the latents of a video."""
@@ -328,9 +327,9 @@ class LatentDiffusion(nn.Module):
                    **{name: latent.get(name) for name in SETTINGS})
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> 'LatentDiffusion':
+    def from_checkpoint(cls, path: str | Path, text_encoder: str | None = None) -> 'LatentDiffusion':
         """The trained model from a checkpoint file, or from the newest one of a results folder."""
-        return cls.from_state(checkpoint.load_run(path))
+        return cls.from_state(checkpoint.load_run(path), text_encoder)
 
     @classmethod
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'LatentDiffusion':

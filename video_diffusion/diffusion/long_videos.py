@@ -11,6 +11,7 @@ A video may be told what happens first, and then: of a list of captions each hol
 """
 
 import math
+from itertools import groupby
 from typing import Sequence
 
 import torch
@@ -21,15 +22,17 @@ from .sampling import Sampling
 
 
 def window_by_window(
-    diffusion, num_frames: int, cond: Tensor | Sequence | None, batch_size: int, settings: Sampling, negative, *,
-    overlap: int | None, later_cond_scale: float | None, first_frames: Tensor | None, seed: int | None, progress: bool,
+    diffusion, num_frames: int, cond: Tensor | Sequence | None, batch_size: int, settings: Sampling, negative,
+    overlap: int | None, later_cond_scale: float | None, *, lengths: Sequence[int], first_frames: Tensor | None,
+    seed: int | None, progress: bool,
 ) -> Tensor:
-    """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long."""
+    """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long.
+    `lengths`: so many frames can be known, and so windows overlap by one of them."""
     window = diffusion.num_frames
-    overlap = usual_overlap(window, range(1, window)) if overlap is None else overlap
-    if not 1 <= overlap < window <= num_frames:
+    overlap = usual_overlap(window, lengths) if overlap is None else overlap
+    if num_frames < window or overlap not in (1, *lengths):
         raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
-                         f'{window} frames or more and an overlap of 1 to {window - 1}')
+                         f'{window} frames or more and an overlap of {", ".join(map(str, lengths))}')
     number('later_cond_scale', later_cond_scale)
     later = settings.later(later_cond_scale)
     later_negative = negative if later.cond_scale not in (0, 1) else None
@@ -61,4 +64,8 @@ def by_window(cond: Tensor | Sequence | None, windows: int) -> list:
     cond = [[one] if isinstance(one, str) else list(one) for one in cond]
     if not all(cond):
         raise ValueError('the list of captions of a video is empty: give one caption or more for each')
+    most = max(len(list(groupby(captions))) for captions in cond)
+    if most > windows:
+        raise ValueError(f'a video of {windows} windows cannot show {most} captions one after the other: make it longer, or its '
+                         'windows share less (overlap)')
     return [[captions[i * len(captions) // windows] for captions in cond] for i in range(windows)]

@@ -77,6 +77,9 @@ class Sampling:
         if self.frame_lag and self.known_by not in (None, 'level'):
             raise ValueError(f"frame_lag={self.frame_lag} with known_by={self.known_by!r}: frames of different noise are known "
                              "by their level; leave known_by out")
+        if (self.frame_lag or self.history_scale != 1) and (self.dynamic_guidance is not None or self.wave_guidance):
+            raise ValueError('dynamic_guidance and wave_guidance go by the noise of a whole video, and with frame_lag or '
+                             'history_scale its frames differ: leave one of them out')
         by_level = has_known and frame_noise == 'independent' and self.known_by in (None, 'level')
         if not by_level and (self.known_noise or self.history_scale != 1):
             raise ValueError("known_noise and history_scale say how frames are known by their level: give known frames to a model "
@@ -118,9 +121,12 @@ def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, gene
     known_by = None
     if known is not None:
         known_by = settings.known_by or known_frames.best_way(diffusion)
+    cond, negative = request.cond, request.negative
+    if known_by == 'guide':              # its gradients need tensors that a caller's inference mode has not made
+        noise, known, mask, cond, negative = (x if x is None else x.clone() for x in (noise, known, mask, cond, negative))
     steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
     denoise = diffusion.denoiser(
-        request.cond, partial(settings.scale_at, timesteps=diffusion.num_timesteps, steps=len(steps)), negative=request.negative,
+        cond, partial(settings.scale_at, timesteps=diffusion.num_timesteps, steps=len(steps)), negative=negative,
         rescale=settings.guidance_rescale, known=(known, mask) if known_by == 'network' else None)
     limit = math.inf if diffusion.latents else 1.
     if known_by == 'guide':

@@ -277,7 +277,8 @@ class DiT(nn.Module):
             text = text if text is None else text + of_text
             video = video + of_video[:, :video.shape[1]]                             # a shorter clip is the beginning of one
         precision = torch.promote_types(video.dtype, torch.float32)
-        return text, video, rope(grid, self.dim_head, self.text_length, video.device, precision)
+        native = self.grid(self.size) if self.size and self.patch[0] == 1 else None          # CogVideoX 1.5 just counts
+        return text, video, rope(grid, self.dim_head, self.text_length, video.device, precision, native)
 
     def grid(self, size: tuple[int, int, int]) -> Grid:
         """How many tokens clips of size (f, h, w) have in each direction."""

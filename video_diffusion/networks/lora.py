@@ -42,7 +42,7 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, **where))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.unmerged: Tensor | None = None               # the base's weight, while ours holds the change too
+        self.register_buffer('unmerged', None, persistent=False)      # the base's weight, while ours holds the change too
 
     @property
     def scale(self) -> float:

@@ -61,13 +61,28 @@ def sincos(grid: Grid, dim: int, device: torch.device | None = None, dtype: torc
 
 
 def rope(grid: Grid, dim_head: int, text: int = 0, device: torch.device | None = None,
-         dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (text + f h w, dim_head) for `turn`. The first rows, those of text, are not turned."""
-    frames, height, width = (angles(torch.arange(length, device=exact_on(device)).double(), share) for length, share in
-                             zip(grid, (dim_head // 4, dim_head // 8 * 3, dim_head // 8 * 3)))
+         dtype: torch.dtype = torch.float32, native: Grid | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (text + f h w, dim_head) for `turn`. The first rows, those of text, are not turned. `native`: the grid
+    that a model was trained on; frames of another size are laid into it."""
+    places = [torch.arange(length, device=exact_on(device)).double() for length in grid]
+    if native is not None and tuple(grid[1:]) != tuple(native[1:]):
+        places[1:] = laid_into(native[1:], grid[1:], exact_on(device))
+    shares = dim_head // 4, dim_head // 8 * 3, dim_head // 8 * 3
+    frames, height, width = (angles(place, share) for place, share in zip(places, shares))
     angle = over_grid(frames, height, width, 'fhw').repeat_interleave(2, dim=-1)
     angle = torch.cat((angle.new_zeros(text, dim_head), angle))
     return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+
+
+def laid_into(native: tuple[int, int], given: tuple[int, int], device: torch.device | None = None) -> list[Tensor]:
+    """Places of rows and columns of a frame that is stretched or shrunk until it just fits into the native one, in whose middle it
+    lies: one twice as large is the same picture, finer. In the numbers of diffusers, which are a little off where it is moved."""
+    scale, places = min(most / length for most, length in zip(native, given)), []
+    for most, length in zip(native, given):
+        side = round(scale * length)
+        start = round((most - side) / 2)
+        places.append(torch.linspace(start, (start + side) * (length - 1) / length, length, dtype=torch.float64, device=device))
+    return places
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

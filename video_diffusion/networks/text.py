@@ -122,6 +122,9 @@ class BertEncoder(nn.Module):
         object.__setattr__(self, 'transformer', transformer.eval().requires_grad_(False))
         self.dim = transformer.config.hidden_size
         longest = getattr(transformer.config, 'max_position_embeddings', 512)
+        # RoBERTa and its kind count positions from that of padding on: no token has those before.
+        longest -= max((table.padding_idx + 1 for name, table in transformer.named_modules()
+                        if name.endswith('position_embeddings') and getattr(table, 'padding_idx', None) is not None), default=0)
         self.max_tokens = min(longest, self.tokenizer.model_max_length)     # 1e30 where it has no limit
         self.first = 0 if self.tokenizer.cls_token is None else 1           # the CLS token is no word
 
@@ -230,7 +233,7 @@ class CaptionCache:
         missing = [text for text in sorted(texts)[processes.rank::processes.world_size] if not self.file(text).exists()]
         for text in tqdm(missing, desc='encoding captions', unit='caption', disable=not processes.is_main or not missing):
             self.ask_the_disk(text)
-        processes.any(False)                                 # the others may have captions that we need
+        processes.wait()                                     # the others may have captions that we need
 
 
 def caption_folder(encoder: nn.Module, folder: str | Path) -> Path:

@@ -159,13 +159,16 @@ class Unet3D(nn.Module):
             self.to_tokens = nn.Sequential(nn.LayerNorm(self.cond_dim), nn.Linear(self.cond_dim, time_dim))
             self.null_token = nn.Parameter(torch.randn(1, 1, time_dim))   # always there, so that there is one to look at
 
-        # What is computed again, and what by default: see recompute.py. Now small attention layers too, and convolutions.
         if checkpoint_activations:
-            for block in self.modules():
-                if isinstance(block, ResnetBlock):
-                    block.forward, block.little = partial(recompute, block.forward), math.inf    # once is enough
-                elif isinstance(block, BLOCKS):
-                    block.little = 0
+            self.recompute_blocks()
+
+    def recompute_blocks(self) -> None:
+        """What is computed again, and what by default: see recompute.py. Now small attention layers too, and convolutions."""
+        for block in self.modules():
+            if isinstance(block, ResnetBlock):
+                block.forward, block.little = partial(recompute, block.forward), math.inf        # once is enough
+            elif isinstance(block, BLOCKS):
+                block.little = 0
 
     def forward(
         self,

@@ -19,4 +19,5 @@ def settings_of(arguments: dict, model: dict) -> dict:
 
 def clip_list(dataset: GifDataset) -> str:
     names = [os.path.relpath(path, dataset.source.folder) for path in dataset.paths]
-    return f'{len(names)}, fingerprint {checkpoint.fingerprint([], (names, dataset.captions))}'
+    later = [getattr(caption, 'later', ()) for caption in dataset.captions or ()]
+    return f'{len(names)}, fingerprint {checkpoint.fingerprint([], (names, dataset.captions, later))}'

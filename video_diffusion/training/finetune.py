@@ -24,7 +24,6 @@ import torch
 from ..checks import number
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent import LatentDiffusion
-from ..networks.dit import DiT
 from ..networks.lora import add_lora
 from ..networks.text import BertEncoder
 
@@ -56,8 +55,6 @@ def begin_with(diffusion: GaussianDiffusion | LatentDiffusion, device: torch.dev
     network = diffusion.denoise_fn
     number('lora_alpha', alpha, above=0)
     if recompute:
-        if not isinstance(network, DiT):
-            raise ValueError(f'--checkpoint-activations: a trained {type(network).__name__} says itself whether it does so')
         network.recompute_blocks()
     if rank is None or device.type == 'cpu':                 # most CPUs are slow at anything shorter
         diffusion.float()

@@ -157,7 +157,7 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
 
 def together(args: argparse.Namespace, given: dict) -> list[tuple[bool, str]]:
     """What means nothing together: whether it was given, and what to say then."""
-    sizes = {'dim', 'dim_mults', 'time_compression', 'latent_channels'}
+    sizes = {'channels', 'dim', 'dim_mults', 'time_compression', 'latent_channels'}
     return [
         (args.quick and (args.folder or args.vae or args.model or args.image_size or args.network == 'dit'), '--quick: it is a '
          'U-Net in a smaller toy world, so leave folders, --vae, --model, --image-size and --network out'),
@@ -168,8 +168,8 @@ def together(args: argparse.Namespace, given: dict) -> list[tuple[bool, str]]:
          'its colours; give a folder of your own, or leave it out'),
         (args.vae_kind == 'temporal' and (args.init or 'time_compression' in given), '--vae-kind temporal: it does not compress '
          'time, and --init reads causal VAEs only; leave --time-compression and --init out'),
-        (args.init and sizes & given.keys(), '--init: the sizes of the VAE are those of its weights; leave --dim, --dim-mults, '
-         '--time-compression and --latent-channels out'),
+        (args.init and sizes & given.keys(), '--init: the sizes of the VAE are those of its weights; leave --channels, --dim, '
+         '--dim-mults, --time-compression and --latent-channels out'),
         (args.model and not args.folder, '--model: give a folder of clips to fine-tune on'),
         ((args.lora or args.lora_alpha) and not args.model, '--lora and --lora-alpha: adapters lie beside trained weights, so give '
          '--model too'),

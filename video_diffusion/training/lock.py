@@ -55,7 +55,10 @@ class Lock:
             return False
 
     def release(self) -> None:
-        if self.is_ours():
+        ours = self.is_ours()
+        if self.file is not None and fcntl is None:                        # Windows lets nobody remove an open file
+            self.file = self.file.close()
+        if ours:
             self.path.unlink(missing_ok=True)
         if self.file is not None:
             self.file = self.file.close()

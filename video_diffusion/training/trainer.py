@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
-from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
+from ..data.folder import CLIPS, IMAGES, ClipFolder, all_texts, write_clip
 from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
@@ -120,8 +120,8 @@ class Trainer(TrainingLoop):
             raise ValueError(f'the model is conditional, but the clips in {folder} have no captions: put a clip.txt '
                              'beside each clip.gif, or build the model without cond_dim')
         if self.processes.is_main:
-            print(f'{len(self.dataset)} clips in {folder}' + (', with captions' if captions else '')
-                  + (f', and {len(self.held_out)} held out' if self.held_out else ''))
+            held_out = f', and {len(self.held_out)} held out' if self.held_out else ''
+            print(f'{len(self.dataset)} clips in {folder}{", with captions" if captions else ""}{held_out}')
         if cache is not None and not (self.use_captions and hasattr(encoder, 'unload')):
             raise ValueError('caption_cache is for what a BertEncoder or T5Encoder says, and this model has none: leave it out')
         learns = encoder is not None and any(p.requires_grad for p in encoder.parameters())
@@ -129,7 +129,7 @@ class Trainer(TrainingLoop):
         self.cuts_captions = self.use_captions and learns and self.diffusion.frame_noise == 'independent'
         self.cache = None if learns else CaptionCache(self.diffusion.embed, folder=cache and caption_folder(encoder, cache))
         if cache is not None:
-            self.cache.fill({*captions, *(self.held_out and self.held_out.captions)}, self.processes)
+            self.cache.fill(all_texts(*(own.captions for own in (self.dataset, self.clips, self.held_out) if own)), self.processes)
             encoder.unload()
 
     def told(self, captions: list[str] | None) -> Tensor | list[str] | None:

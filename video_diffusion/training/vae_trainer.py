@@ -232,7 +232,6 @@ class VAETrainer(TrainingLoop):
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
             write_clip(torch.cat(rows).cpu(), path, self.dataset.fps, scale=None)      # b c f h 3*w
-        self.processes.any(False)                            # the others wait until it is drawn
         return path
 
     def reconstruct(self, index: int) -> tuple[Tensor, Tensor]:
@@ -262,7 +261,11 @@ class VAETrainer(TrainingLoop):
             self.vae.context_parallel(self.processes.frames_group if yes else None)
 
     def config(self) -> dict:
-        return vae_config(self.vae)
+        return {**vae_config(self.vae), 'held_out': len(self.held_out)}
+
+    def has_config(self, config: dict) -> bool:
+        """Whether a checkpoint was made by such a run as this one. Those that do not say how many clips they held out are older."""
+        return {'held_out': len(self.held_out), **config} == self.config()
 
 
 def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: float, image_share: float, image_steps: int,

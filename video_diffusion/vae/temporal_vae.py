@@ -81,15 +81,16 @@ class ClipNorm(nn.GroupNorm):
         """Without gradients, a few frames at a time: a function (start, stop) -> those frames of forward(x)."""
         b, c, _, h, w = x.shape
         # torch's group norm tells the statistics of each frame; equal parts combine to the whole's.
-        means, rstds = zip(*[torch.native_group_norm(frame, None, None, b, c, h * w, self.num_groups, self.eps)[1:]
+        wide = torch.promote_types(x.dtype, torch.float32)               # half precision is too short for a square of them
+        means, rstds = zip(*[torch.native_group_norm(frame.to(wide), None, None, b, c, h * w, self.num_groups, self.eps)[1:]
                              for frame in x.unbind(2)])
         mean, var = torch.stack(means, -1), torch.stack(rstds, -1) ** -2 - self.eps                 # b g f
         rstd, mean = (var.mean(-1) + mean.var(-1, unbiased=False) + self.eps).rsqrt(), mean.mean(-1)
         rstd, mean = (t.repeat_interleave(c // self.num_groups, dim=1) for t in (rstd, mean))       # b c
         scale = rstd * self.weight
         shift = self.bias - mean * scale
-        scale, shift = (t[:, :, None, None, None].to(x.dtype) for t in (scale, shift))
-        return lambda start, stop: silu(torch.addcmul(shift, x[:, :, start:stop], scale))
+        scale, shift = (t[:, :, None, None, None] for t in (scale, shift))
+        return lambda start, stop: silu(torch.addcmul(shift, x[:, :, start:stop], scale).to(x.dtype))
 
 
 def normed_conv(x: Tensor, norm: ClipNorm, conv: TemporalConv, reuse: bool = False) -> Tensor:

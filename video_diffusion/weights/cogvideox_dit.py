@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..networks.dit import DiT
+from ..networks.lora import lora_layers
 from ..networks.positions import SPACING, rope, sincos
 from .files import cut, joined, load_renamed, read_config, read_safetensors, read_sat, renamed, write_pretrained
 
@@ -87,6 +88,8 @@ FIXED = {
     'norm_elementwise_affine': True, 'norm_eps': 1e-5, 'spatial_interpolation_scale': SPACING, 'temporal_compression_ratio': 4,
     'temporal_interpolation_scale': 1.0, 'timestep_activation_fn': 'silu',
 }
+# What the files of the first models, which are older than these words, mean by leaving them out.
+LATER = dict(use_rotary_positional_embeddings=False, use_learned_positional_embeddings=False, patch_size_t=None, ofs_embed_dim=None)
 
 
 def dit_from_diffusers(path: str | Path) -> DiT:
@@ -158,6 +161,7 @@ def loaded(config: dict, state: dict[str, Tensor], their_name: Callable[[str, Di
 
 def dit_config(theirs: dict) -> dict:
     """Our arguments from those of diffusers' CogVideoXTransformer3DModel."""
+    theirs = LATER | theirs
     channels, told = theirs['out_channels'], theirs['in_channels'] == 2 * theirs['out_channels']
     time_dim, ofs_dim = theirs['time_embed_dim'], theirs['ofs_embed_dim']
     if theirs['in_channels'] != (1 + told) * channels or ofs_dim not in (None, time_dim):
@@ -207,6 +211,9 @@ def sat_config(state: dict[str, Tensor], positions: str | None, size: tuple[int,
 
 def needed_size(dit: DiT) -> tuple[int, int, int]:
     """The size of its clips, if it is a network that the others can be."""
+    if lora_layers(dit):
+        raise ValueError('the network has adapters, for which these files have no place: write them with lora_to_diffusers, or '
+                         'merge_lora and then remove_lora')
     if not dit.has_cond or dit.patch[1] != 2:
         raise ValueError(f'cond_dim={dit.cond_dim}, patch={dit.patch[1]}: CogVideoX reads text, and patches of 2')
     if dit.size is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 
+WEIGHTS = 'diffusion_pytorch_model'           # as diffusers calls them
 Pieces = list[tuple[str, tuple[str, ...]]]    # layers (a pattern), and what the equal shares of their rows are called
 
 
@@ -83,7 +84,10 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f'there is no file or folder {path}')
     files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
-    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
+    index = sorted(path.glob('*.safetensors.index.json')) if path.is_dir() else []
+    usual = [file for file in files if file.name == f'{WEIGHTS}.safetensors']
+    if usual and path / f'{WEIGHTS}.safetensors.index.json' not in index:      # beside the same in half precision, say
+        files, index = usual, []
     if index:                                            # sharded: the index says which files belong together
         with checkpoint.blaming(index[0]):
             names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
@@ -119,7 +123,9 @@ def write_pretrained(folder: str | Path, state: dict[str, Tensor], config: dict)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.cpu().contiguous() for name, value in state.items()}
     # Under another name first: what is written may be mapped from the very file that it replaces.
-    temporary = folder / 'diffusion_pytorch_model.safetensors.tmp'
+    temporary = folder / f'{WEIGHTS}.safetensors.tmp'
     save_file(state, temporary, metadata={'format': 'pt'})
-    temporary.replace(folder / 'diffusion_pytorch_model.safetensors')
+    temporary.replace(folder / f'{WEIGHTS}.safetensors')
+    for older in (*folder.glob(f'{WEIGHTS}.safetensors.index.json'), *folder.glob(f'{WEIGHTS}-*-of-*.safetensors')):
+        older.unlink()                                   # in shards: readers would take those first
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
