@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from video_diffusion import DiT
+from video_diffusion import DiT, add_lora
 from video_diffusion.networks.positions import rope, sincos
 from video_diffusion.weights import dit_from_diffusers, dit_from_sat, dit_to_diffusers, dit_to_sat
 from video_diffusion.weights.cogvideox_dit import SAT_PREFIX, TABLE, diffusers_pieces
@@ -111,6 +111,30 @@ def test_folders_of_diffusers_in_several_files_are_read(tmp_path):
     assert torch.equal(dit.blocks[1].feed_forward_norm.for_text.weight, theirs['transformer_blocks.1.norm2.linear.text.weight'])
 
 
+def test_a_folder_in_several_files_is_written_over_as_a_whole(tmp_path):
+    """Readers take an index first, and would find the old weights."""
+    from diffusers import CogVideoXTransformer3DModel
+    CogVideoXTransformer3DModel(**CASES['5b']['config']).save_pretrained(tmp_path, max_shard_size='200KB')
+    dit = dit_from_diffusers(tmp_path)
+    dit.to_patches.bias = torch.nn.Parameter(torch.full_like(dit.to_patches.bias, 7.))
+    dit_to_diffusers(dit, tmp_path)
+    for read in (dit_from_diffusers, CogVideoXTransformer3DModel.from_pretrained):
+        assert any(bool((weight == 7).all()) for name, weight in read(tmp_path).named_parameters() if name.endswith('bias'))
+    (tmp_path / 'diffusion_pytorch_model.fp16.safetensors').write_bytes(b'the same, shorter')
+    dit_from_diffusers(tmp_path)
+
+
+def test_the_first_models_say_less_in_their_config(tmp_path):
+    """2B and 5B are older than images, and than version 1.5."""
+    dit = DiT(32, 6, dim_head=16, depth=1, size=(2, 4, 6), positions='rope')
+    dit_to_diffusers(dit, tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    for word in ('ofs_embed_dim', 'patch_size_t', 'patch_bias', 'use_learned_positional_embeddings'):
+        del config[word]
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert dit_from_diffusers(tmp_path).config == dit.config
+
+
 def test_a_model_outlives_the_file_that_it_is_mapped_from(tmp_path):
     def write(number):
         dit = DiT(32, 6, dim_head=16, depth=1, size=(2, 4, 6))
@@ -189,6 +213,11 @@ def test_networks_of_another_form_are_refused(tmp_path):
             dit_from_diffusers(tmp_path)
     with pytest.raises(ValueError, match=r'DiT\(..., size=\(frames, height, width\)\)'):
         dit_to_diffusers(DiT(32, 6, dim_head=16, depth=1), tmp_path)
+    adapted = DiT(32, 6, dim_head=16, depth=1, size=(2, 4, 6))
+    add_lora(adapted, rank=2)
+    for write in (dit_to_diffusers, dit_to_sat):
+        with pytest.raises(ValueError, match='adapters, for which these files have no place'):
+            write(adapted, tmp_path / 'adapted')
     for change in (dict(cond_dim=None), dict(patch=4)):
         for write in (dit_to_diffusers, dit_to_sat):
             with pytest.raises(ValueError, match='reads text, and patches of 2'):

@@ -279,9 +279,16 @@ def test_a_recording_as_several_clips(tmp_path):
         for part in range(4):
             first, *_, last = levels(data[part][0])
             assert 10 * part <= first and last < 10 * (part + 1)
-    held = data.hold_out(3)
-    assert [(p.name, part) for p, part in zip(held.paths, held.parts)] == [('a.mp4', 0), ('a.mp4', 2), ('b.gif', 1)]
-    assert levels(held.clip(1)) == [20, 21, 22] and levels(data.clip(1)) == [30, 31, 32]
+    held = data.hold_out(3)                                                  # the parts of b.gif overlap: of no file are some trained on
+    assert [(p.name, part) for p, part in zip(held.paths, held.parts)] == [('a.mp4', 0), ('a.mp4', 1), ('a.mp4', 2)]
+    assert levels(held.clip(1)) == [10, 11, 12] and [path.name for path in data.paths] == ['b.gif'] * 4
+    with pytest.raises(ValueError, match='cannot hold out 5 of 8 clips .* they come from 2 files'):
+        GifDataset(tmp_path, 8, num_frames=3, clips_per_video=4).hold_out(5)
+    (tmp_path / 'b.gif').unlink()
+    data = GifDataset(tmp_path, 8, num_frames=3, clips_per_video=4)          # of a single film, some parts
+    held = data.hold_out(2)
+    assert (held.parts, data.parts) == ([0, 2], [1, 3])
+    count_up(tmp_path / 'b.gif', 4)
     with pytest.raises(ValueError, match='clips_per_video=0'):
         GifDataset(tmp_path, 8, clips_per_video=0)
     with pytest.raises(ValueError, match='clips_per_video=2.*force_num_frames'):

@@ -43,6 +43,21 @@ def like_theirs(peer, **config):
     return dit
 
 
+@pytest.mark.parametrize('grid', [(3, 30, 45), (3, 16, 16), (2, 24, 42), (2, 60, 90), (1, 45, 30), (1, 20, 60)])
+def test_frames_of_another_size_are_laid_into_the_one_that_a_model_knows(grid):
+    """As the pipeline of diffusers has it for CogVideoX-5B."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+    theirs = get_3d_rotary_pos_embed(64, get_resize_crop_region_for_grid(grid[1:], 45, 30), grid[1:], grid[0])
+    for ours, table in zip(rope(grid, 64, native=(13, 30, 45)), theirs, strict=True):
+        torch.testing.assert_close(ours, table, rtol=0, atol=2e-5)
+    tokens = torch.zeros(1, grid[0] * grid[1] * grid[2], 32)
+    for frame_patch, native in ((1, (13, 30, 45)), (2, None)):                          # version 1.5 just counts
+        dit = DiT(32, 6, dim_head=16, depth=1, positions='rope', size=(13 * frame_patch, 60, 90), frame_patch=frame_patch, text_length=2)
+        for ours, table in zip(dit.place(None, tokens, grid)[2], rope(grid, 16, 2, native=native), strict=True):
+            assert torch.equal(ours, table)
+
+
 def draw(dit, dtype=torch.float32, frames=2):
     """What a network is given, as keyword arguments of ours."""
     torch.manual_seed(1)

@@ -224,6 +224,19 @@ def test_one_clip_is_learnt_by_heart(folder, tmp_path):
     assert sum(after.values()) < sum(before.values()) / 2
 
 
+def test_what_later_frames_show_is_encoded_before_the_encoder_leaves(folder, tmp_path):
+    shapes.make_shapes(tmp_path / 'clips', 2, image_size=24, num_frames=20)
+    for place in (tmp_path / 'clips').rglob('*.txt'):
+        place.write_text('0: a red ball\n4: a blue ball\n8: the red square')
+    diffusion = cogvideox_from_folder(folder('rope'))
+    begin_with(diffusion, torch.device('cpu'), rank=2)
+    trainer = Trainer(diffusion, tmp_path / 'clips', train_batch_size=2, train_num_steps=1, results_folder=tmp_path / 'results',
+                      random_window=True, caption_cache=tmp_path, processes=CPU)
+    assert not hasattr(diffusion.text_encoder, 'transformer')
+    assert trainer.told(['a blue ball', 'the red square', 'a red ball']).shape[0] == 3
+    assert len(list(tmp_path.glob('*/*.pt'))) == 4                                       # and the empty one
+
+
 # what cannot be
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from PIL import Image
 import video_diffusion.data.folder as folder_module
 import video_diffusion.data.gif as gif_module
 from video_diffusion import ClipFolder, GifDataset, video_tensor_to_gif
-from video_diffusion.data.folder import CLIPS, IMAGES, clip_shape, read_clip
+from video_diffusion.data.folder import CLIPS, IMAGES, clip_shape, read_clip, write_clip
 from video_diffusion.data.frames import resize_and_crop
 
 
@@ -48,9 +48,19 @@ def test_captions_in_a_table(folder, columns):
     assert GifDataset(folder, 8).captions == ['one, two', 'grün', 'three']
     (folder / 'a.txt').write_text('beside it')
     assert ClipFolder(folder).captions == ['beside it', 'grün', 'three']
+    assert ClipFolder(folder / 'deep' / '..').captions == ['beside it', 'grün', 'three']     # by another name
+    assert ClipFolder(folder, captions=False).captions is None
     (folder / 'deep' / 'metadata.csv').unlink()
     with pytest.raises(ValueError, match=r'1 of 3 clips have no caption, .*c\.gif.*metadata\.csv'):
         ClipFolder(folder)
+
+
+def test_a_table_of_other_clips_is_no_silence(folder):
+    (folder / 'metadata.csv').write_text('file_name,text\ntrain/a.gif,one\n')
+    with pytest.raises(ValueError, match=r'metadata\.csv has captions, but of no clip that is there: .*train/a\.gif'):
+        ClipFolder(folder)
+    (folder / 'metadata.csv').write_text('file_name,text\na.gif,\n')               # nothing is said of any
+    assert ClipFolder(folder).captions is None
 
 
 def test_a_window_has_the_caption_that_is_true_where_it_begins(tmp_path):
@@ -230,6 +240,44 @@ def test_a_photo_of_a_phone(tmp_path):
     small, whole = read_clip(tmp_path / 'a.jpg', size=(30, 40)), read_clip(tmp_path / 'a.jpg')
     assert small.shape == (3, 1, 30, 40) and whole.shape == (3, 1, 1800, 2400)
     assert (small.float() - resize_and_crop(whole, (30, 40)).float()).abs().mean() < 6
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_photo_stands_upright_however_the_phone_was_held(tmp_path, orientation):
+    """Eight ways to write the same picture; reading it small, too, in the right proportions."""
+    upright = Image.new('RGB', (200, 80), 'black')
+    upright.paste('red', (0, 0, 100, 40)), upright.paste('blue', (100, 40, 200, 80))
+    Turn = Image.Transpose
+    written = {1: None, 2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE, 6: Turn.ROTATE_90,
+               7: Turn.TRANSVERSE, 8: Turn.ROTATE_270}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (upright if written is None else upright.transpose(written)).save(tmp_path / 'a.jpg', quality=95, exif=exif)
+    assert clip_shape(tmp_path / 'a.jpg') == (1, 10, 80, 200)
+    for clip in (read_clip(tmp_path / 'a.jpg'), read_clip(tmp_path / 'a.jpg', size=(8, 20))):
+        corners = clip[:, 0].float()[:, [1, 1, -2, -2], [1, -2, 1, -2]] / 255
+        assert (corners.round() == torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])).all(), corners
+
+
+def test_pictures_of_many_bits_and_half_transparent_ones(tmp_path):
+    Image.fromarray(np.array([[0, 0x8000, 0xffff]], np.uint16)).save(tmp_path / 'a.png')
+    assert read_clip(tmp_path / 'a.png', 1).flatten().tolist() == [0, 128, 255]
+    Image.new('RGBA', (2, 2), (200, 200, 200, 128)).save(tmp_path / 'b.png')
+    assert read_clip(tmp_path / 'b.png', 4)[:, 0, 0, 0].tolist() == [100, 100, 100, 128]
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.gif'])
+def test_a_single_picture_is_no_film_at_any_rate(tmp_path, name):
+    Image.new('RGB', (4, 4), 'red').save(tmp_path / name)
+    for fps in (1, 24, 60):
+        assert read_clip(tmp_path / name, fps=fps).shape == (3, 1, 4, 4)
+        assert ClipFolder(tmp_path, CLIPS + IMAGES).shape(fps)[0] == 1
+
+
+def test_a_gif_of_a_fast_clip_plays_as_fast_as_a_gif_can(tmp_path):
+    for fps, plays in ((10, 10), (60, 50), (120, 50), (1000, 50)):
+        write_clip(torch.rand(3, 4, 8, 8), tmp_path / 'a.gif', fps)
+        assert clip_shape(tmp_path / 'a.gif')[1] == pytest.approx(plays)
 
 
 # ------------------------------------------------------------------------------------- large folders

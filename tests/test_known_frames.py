@@ -39,6 +39,19 @@ def test_first_frames_are_a_mask_and_one_clip_serves_all():
     assert torch.equal(by_prefix, diffusion.sample(known=both, known_mask=torch.arange(FRAMES) < 2, **how))
 
 
+def test_guidance_works_within_a_callers_inference_mode():
+    diffusion = tiny(told=0.)
+    how = dict(known_by='guide', sampler='ddim', steps=2, seed=0, progress=False)
+    mask = torch.arange(FRAMES) < 2
+    plain = None
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            video, noise = (torch.rand(2, 3, FRAMES, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+            drawn = diffusion.sample(known=video, known_mask=mask, noise=noise, **how)
+        plain = drawn if plain is None else plain
+        assert torch.equal(drawn, plain)
+
+
 def correlated(rho=0.9, std=0.25):
     """Gaussian videos: neighbouring frames correlate by rho, pixels not. Their covariance (f f) and exact denoiser."""
     distance = (torch.arange(FRAMES)[:, None] - torch.arange(FRAMES)).abs()

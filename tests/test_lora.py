@@ -159,6 +159,17 @@ def test_the_scale_goes_from_the_base_to_beyond_the_change_merged_or_not():
     assert torch.equal(model(x), before)
 
 
+def test_merged_weights_move_with_their_base():
+    model, _ = build('transformer')
+    add_lora(model, rank=3)
+    before = set(model.state_dict())
+    merge_lora(model)
+    assert set(model.state_dict()) == before
+    scale_lora(model.double(), 0.5)
+    assert {layer.unmerged.dtype for layer in lora_layers(model).values()} == {torch.float64}
+    unmerge_lora(model)
+
+
 def test_targets_choose_layers_and_a_wrong_one_is_told_what_there_is():
     model, _ = build('unet')
     add_lora(model, 2, targets=['mid_spatial_attention.to_out', 'time_mlp.1', 'to_q'])

@@ -137,6 +137,16 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):  #
     assert_same_state(whole, parts)
 
 
+def test_a_run_that_goes_on_has_its_own_rates(clips, tmp_path):  # noqa: F811
+    """Asked for another one, it does not take that of the checkpoint; what the optimizer remembers it takes."""
+    make_trainer(clips, tmp_path, muon_lr=0.02, train_num_steps=1).train()
+    rest, fresh = (make_trainer(clips, tmp_path, muon_lr=0.004) for _ in range(2))
+    rest.load(-1)
+    rates = [[{name: value for name, value in group.items() if isinstance(value, float)} for group in one.optimizer.param_groups]
+             for one in (rest, fresh)]
+    assert rates[0] == rates[1] and rest.optimizer.state and not fresh.optimizer.state
+
+
 def test_a_scaler_skips_the_step_of_a_gradient_that_is_not_finite():
     weight, bias = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3))
     muon = Muon([weight], [bias], lr=0.1, muon_lr=0.1)

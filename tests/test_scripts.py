@@ -138,6 +138,7 @@ def test_videos_that_go_on_from_a_clip(run, clips):
     for wrong, says in ((('--first-frames', first, '--known', 3), 'so give 1 to 2'), (('--known', 3), 'give that too'),
                         (('--first-frames', 'nothing.gif'), 'nothing.gif'), (('--frames', 2), 'num_frames=2'),
                         (('--later-cond-scale', 0), '--frames'), (('--later-prompt', 'a'), '--frames'),
+                        (('--prompt', 'b => c'), '--frames'), (('--prompt', 'b => c => d', '--frames', 4), 'cannot show 3 captions'),
                         (('--frames', 9, '--later-prompt', 'a', '--prompt', 'b => c'), 'without =>')):
         code, _, err = run(*begins, *wrong)
         assert code == 2 and says in err and len(err.splitlines()) == 1, err
@@ -172,6 +173,34 @@ def test_prompts_from_a_file_and_the_same_seed(run, clips):
         assert code == 0
     assert [p.name for p in sorted(Path('a').glob('0*'))] == ['000-a-red-circle-moving-left.gif', '001-a-blue-square-moving-up.gif']
     assert Path('a/all.gif').read_bytes() == Path('b/all.gif').read_bytes()
+
+
+@pytest.mark.slow
+def test_many_videos_are_numbered_on_and_captions_that_nobody_reads_may_be_bad(run, clips):
+    shutil.copytree(clips, 'mine')
+    for place in list(Path('mine').rglob('*.txt'))[:1]:
+        place.write_bytes('grün'.encode('latin-1'))
+    code, _, err = run('train.py', 'mine', *SMALL)
+    assert code == 2 and 'is not UTF-8' in err
+    code, _, err = run('train.py', 'mine', *SMALL, '--unconditional')
+    assert code == 0, err
+    Path('samples').mkdir()
+    for number in (7, 1000):
+        shutil.copy(next(clips.rglob('*.gif')), f'samples/{number:03d}-a.gif')
+    code, out, _ = run('sample.py', 'results', '--count', 1, '--steps', 1, '--device', 'cpu')
+    assert code == 0 and Path('samples/1001.gif').exists() and Path('samples/all-from-1001.gif').exists()
+
+
+@pytest.mark.slow
+def test_captions_of_later_frames_count_for_a_transformers_longest(run):
+    Path('long').mkdir()
+    for name in 'ab':
+        video_tensor_to_gif(torch.rand(3, 9, 8, 8), f'long/{name}.gif')
+        Path(f'long/{name}.txt').write_text('0: a ball\n1: ' + 'word ' * 15)
+    code, _, err = run('train.py', 'long', '--network', 'dit', '--dim', 32, '--depth', 1, '--attn-dim-head', 16, '--num-frames', 2,
+                       '--image-size', 8, '--batch-size', 2, '--steps', 2, '--timesteps', 20, '--sample-rows', 1, '--sample-steps', 1,
+                       '--random-window', '--device', 'cpu')
+    assert code == 0, err
 
 
 @pytest.mark.slow
@@ -237,6 +266,7 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
     run('train.py', clips, *SMALL, '--unconditional', '--results', 'free')
     torch.save({'weights': torch.zeros(2)}, 'foreign.pt')
     Path('text.pt').write_text('hello')
+    Path('latin.txt').write_bytes('grün'.encode('latin-1'))
     for args, sentence in [
         (['nowhere'], 'there is no checkpoint nowhere'),
         (['.'], 'there is no checkpoint in .'),
@@ -247,7 +277,8 @@ def test_sample_errors_are_one_line_and_exit_2(run, clips):
         (['free', '--count', '0'], '--count 0'),
         (['free', '--steps', '21'], 'steps=21'),
         (['free', '--negative', 'x'], 'need guidance'),
-        (['results', '--prompts-file', 'none.txt'], 'none.txt'),
+        (['results', '--prompts-file', 'none.txt'], 'none.txt'), (['results', '--prompts-file', 'latin.txt'], 'latin.txt is not UTF-8'),
+        (['results', '--prompt', 'x', '--lora-scale', '0.5'], 'give --lora too'),
         (['results', '--prompt', 'x', '--text-encoder', 'someone/bert'], 'has learnt its words itself'),
         (['free', '--text-encoder', 'someone/bert'], '--text-encoder: this model was trained without captions'),
         (['free', '--out', 'text.pt'], 'text.pt'), (['free', '--out', '/proc'], '/proc'),      # said before anything is drawn
@@ -340,9 +371,15 @@ def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
     code, out, _ = run('train.py', *small)
     assert code == 0 and 'dB PSNR' in out and 'python sample.py results_vae --reconstruct data/shapes-32/' in out
     code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'data/shapes-32/00003.gif', '--device', 'cpu')
-    assert code == 0 and '(3, 5, 32, 32) -> latents (4, 3, 16, 16) -> samples/00003.gif' in out
-    assert gif_to_tensor('samples/00003.gif').shape == (3, 5, 32, 32)
+    assert code == 0 and '(3, 5, 32, 32) -> latents (4, 3, 16, 16) -> samples/00003-reconstructed.gif' in out
+    assert gif_to_tensor('samples/00003-reconstructed.gif').shape == (3, 5, 32, 32)
     assert gif_to_tensor('samples/00003-compared.gif').shape == (3, 5, 32, 96)
+    shutil.copy('data/shapes-32/00003.gif', 'samples/mine.gif')                  # where it lies among what was drawn
+    for flags, name in (((), 'mine-reconstructed'), (('--frames', 3), 'mine-reconstructed-2'), (('--overwrite',), 'mine-reconstructed')):
+        code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'samples/mine.gif', '--device', 'cpu', *flags)
+        assert code == 0 and f'-> samples/{name}.gif, ' in out and Path(f'samples/{name}.gif'.replace('reconstructed', 'compared')).exists()
+    assert Path('samples/mine.gif').read_bytes() == Path('data/shapes-32/00003.gif').read_bytes()
+    assert gif_to_tensor('samples/mine-reconstructed-2.gif').shape[1] == 3
     code, _, _ = run('train.py', *small, '--resume', '--steps', 3)
     assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
 
@@ -367,7 +404,7 @@ def test_clips_are_cut_to_what_fits_the_vae(run, clips):
     assert code == 0 and '8 frames of 20x20' in out
     video_tensor_to_gif(torch.rand(3, 6, 17, 23), 'odd.gif')
     code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'odd.gif', '--device', 'cpu')
-    assert code == 0 and gif_to_tensor('samples/odd.gif').shape == (3, 6, 16, 22)
+    assert code == 0 and gif_to_tensor('samples/odd-reconstructed.gif').shape == (3, 6, 16, 22)
 
 
 @pytest.mark.slow
@@ -387,6 +424,7 @@ def test_fine_tuning_takes_over_weights_and_their_sizes(run):
 def test_errors_about_vaes_are_one_line_and_exit_2(run, clips):
     run('train.py', clips, *SMALL, '--unconditional')
     run('train.py', shapes.make_shapes('toy', 10, image_size=16, num_frames=3), *SMALL_VAE)
+    run('train.py', 'toy', *SMALL_VAE, '--channels', 1, '--results', 'results_grey')
     for script, args, sentence in [
         ('train.py', ['toy', *SMALL_VAE, '--objective', 'v0'], 'invalid choice'),
         ('train.py', ['toy', *SMALL_VAE, '--objective', 'noise'], '--objective has no meaning with --stage vae'),
@@ -394,6 +432,8 @@ def test_errors_about_vaes_are_one_line_and_exit_2(run, clips):
         ('train.py', ['toy', *SMALL_VAE, '--shard'], '--shard has no meaning with --stage vae'),
         ('train.py', ['toy', '--shard', '--context-parallel', '2'], '--context-parallel has no meaning with --stage diffusion'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--init', 'x.pt'], '--init: the sizes'),
+        ('train.py', ['toy', '--stage', 'vae', '--results', 'new', '--init', 'x.pt', '--channels', '1'], '--init: the sizes'),
+        ('train.py', ['--vae', 'results_grey', '--results', 'new', '--device', 'cpu'], 'results_grey is not a VAE of colours'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--ignore', 'encoder'], '--ignore'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--perceptual', 'none.pth'], 'vgg16-397923af.pth'),
         ('train.py', ['toy', *SMALL_VAE, '--results', 'new', '--context-parallel', '2'], 'start several with torchrun'),

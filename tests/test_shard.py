@@ -23,9 +23,10 @@ def build(kind, seed=0):
     if kind == 'dit':
         dit = DiT(32, 8, dim_head=16, depth=2, patch=4, text_length=12, checkpoint_activations=True)
         return GaussianDiffusion(dit, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
-    words = kind == 'words'
+    words, levels = kind == 'words', kind == 'levels'
     unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8, text_tokens=words, checkpoint_activations=words)
-    return GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8))
+    return GaussianDiffusion(unet, image_size=16, num_frames=2, timesteps=10, text_encoder=WordEncoder(8),
+                             frame_noise='independent' if levels else 'shared')
 
 
 def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, steps=4, muon_lr=None):
@@ -136,7 +137,7 @@ def test_a_run_that_was_whole_goes_on_sharded_and_is_sampled_from(train_on, whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['words', 'latent', 'dit'])
+@pytest.mark.parametrize('kind', ['words', 'levels', 'latent', 'dit'])
 def test_every_kind_of_model_can_be_sharded(train_on, tmp_path, kind):
     """One whose text encoder is asked for tokens and whose blocks are computed twice; one with a VAE that is frozen; a transformer."""
     train_on(1, tmp_path / 'whole', kind=kind)

@@ -13,7 +13,7 @@ from einops import rearrange
 
 from video_diffusion.vae.causal_blocks import doubled_conv
 from video_diffusion.vae.context_parallel import steps
-from video_diffusion.vae.temporal_vae import TemporalVAE
+from video_diffusion.vae.temporal_vae import ClipNorm, TemporalVAE
 from video_diffusion.vae.tiling import in_chunks
 from video_diffusion.weights.svd_vae import temporal_vae_from_diffusers, temporal_vae_to_diffusers
 
@@ -170,6 +170,17 @@ def test_frame_by_frame_equals_the_whole_clip_at_once(b, f, most, monkeypatch):
     for a, c in zip(by_frame, whole):
         assert relative(a, c) < 1e-10
     assert torch.equal(kept[0], z) and torch.equal(kept[1], video)                   # what was handed in is left alone
+
+
+@pytest.mark.parametrize('dtype, mean, std, bound', [(torch.float16, 0., 300., 5e-3), (torch.bfloat16, 8., 1., 5e-2)])
+def test_the_norm_of_half_precision_has_statistics_of_float32(dtype, mean, std, bound):
+    torch.manual_seed(0)
+    norm, x = shaken(ClipNorm(2, 4)), mean + std * torch.randn(1, 4, 3, 16, 16)
+    x = x.to(dtype)
+    exact = norm(x.float())
+    with torch.no_grad():
+        frames = norm.to(dtype).prepare(x)(0, 3)
+    assert frames.dtype == dtype and (frames.float() - exact).abs().max() < bound
 
 
 def few_frames(x, most):

@@ -192,6 +192,18 @@ def test_long_prompts_are_cut_at_what_the_model_can_read(tmp_path):
     torch.testing.assert_close(encoder(['red ' * 6 + 'blue ball']), encoder(['red ' * 6]))
 
 
+def test_models_that_count_positions_from_that_of_padding_read_less(tmp_path):
+    """RoBERTa: 12 positions, of which no token has the first two."""
+    transformers = pytest.importorskip('transformers')
+    save_bert(tmp_path)
+    config = transformers.RobertaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                        max_position_embeddings=12, pad_token_id=1)
+    transformers.RobertaModel(config).save_pretrained(tmp_path)
+    transformers.BertTokenizerFast(str(tmp_path / 'vocab.txt'), model_max_length=512).save_pretrained(tmp_path)
+    encoder = BertEncoder(tmp_path)
+    assert encoder.max_tokens == 10 and encoder(['red ' * 30]).isfinite().all()
+
+
 def test_half_precision_weights_give_float_embeddings(bert_dir, tmp_path):
     encoder = BertEncoder(bert_dir)
     encoder.tokenizer.save_pretrained(tmp_path)

@@ -331,7 +331,8 @@ def test_milestones_are_numbers_not_strings(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('first, then, names', [(2, 8, {1: 2, 2: 4, 3: 6, 4: 8, 5: 16}), (8, 2, {1: 8, 2: 10, 3: 12}), (4, 4, {1: 4, 2: 8, 3: 12})])
+@pytest.mark.parametrize('first, then, names', [(2, 8, {1: 2, 2: 4, 3: 6, 4: 8, 5: 16}), (8, 2, {1: 8, 2: 10, 3: 12}), (4, 4, {1: 4, 2: 8, 3: 12}),
+                                                (5, 3, {1: 5, 2: 8, 3: 9, 4: 12, 5: 13})])
 def test_milestones_go_on_rising_when_a_run_goes_on_in_other_steps(clips, tmp_path, first, then, names):
     """"Newest" is the highest number: with numbers counted anew, it would be an old checkpoint."""
     make_trainer(clips, tmp_path, train_num_steps=8, save_and_sample_every=first).train()

@@ -339,9 +339,11 @@ def test_clips_that_differ_are_seen(clips, tmp_path):
     renamed = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
     (tmp_path / 'copy' / '00003.txt').write_text('another word')
     other = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
+    (tmp_path / 'copy' / '00003.txt').write_text('0: another word\n3: and another')
+    later = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
     (tmp_path / 'copy' / '00003.gif').unlink()
     fewer = clip_list(make_trainer(tmp_path / 'copy', tmp_path).dataset)
-    assert len({clip_list(there), renamed, other, fewer}) == 4 and fewer.startswith('11, ') and other.startswith('12, ')
+    assert len({clip_list(there), renamed, other, later, fewer}) == 5 and fewer.startswith('11, ') and other.startswith('12, ')
 
 
 def test_what_the_main_process_cannot_do_fails_everywhere(monkeypatch):

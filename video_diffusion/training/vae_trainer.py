@@ -261,11 +261,7 @@ class VAETrainer(TrainingLoop):
             self.vae.context_parallel(self.processes.frames_group if yes else None)
 
     def config(self) -> dict:
-        return {**vae_config(self.vae), 'held_out': len(self.held_out)}
-
-    def has_config(self, config: dict) -> bool:
-        """Whether a checkpoint was made by such a run as this one. Those that do not say how many clips they held out are older."""
-        return {'held_out': len(self.held_out), **config} == self.config()
+        return vae_config(self.vae)
 
 
 def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: float, image_share: float, image_steps: int,

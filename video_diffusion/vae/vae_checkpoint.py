@@ -24,7 +24,6 @@ def vae_from_config(config: dict) -> nn.Module:
     config = dict(config)
     if config.get('vae') not in VAES:
         raise ValueError('the checkpoint holds no VAE, but a diffusion model: give that of a VAE (train.py --stage vae)')
-    config.pop('held_out', None)                  # of the run that trained it
     return VAES[config.pop('vae')](**config)
 
 
