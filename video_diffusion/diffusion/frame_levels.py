@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 CLEAN = -1
+TOLD = 0.6                  # of the clips are told frames in training
+FIRST = 1 / 3               # of it none is: where the frames show all there is to see, a caption is read by luck
 LOW = 0.15                  # of all steps: known frames that are not to be trusted to the last pixel have up to so much noise
 SILENT = 0.85               # of the clips that are told true frames have no caption: the frames show it
 CUT = 0.4                   # of those that are told drawn ones, where the captions of the others are cut short: see shortened
@@ -40,21 +42,26 @@ def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
     return way[(rows[:, None] - lag * torch.arange(frames)).clamp(0, len(steps))]
 
 
-def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None) -> Tensor:
+def told_share(done: float) -> float:
+    """How many clips are to be told frames when so much of the training is done: first a network learns to draw from captions."""
+    return 0. if done < FIRST else TOLD
+
+
+def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generator | None = None, told: float = TOLD) -> Tensor:
     """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
 
-    Of 20 clips 10 have one step for all frames, so that a video can be drawn from its caption alone, and 9 are told some frames,
-    rather few, and have the others at one step. Those of every other clip are at step 0 and true; those of the rest are slightly
-    noisy, for they are as the network draws them itself (as_drawn), and it must know which of the two it goes on from. In one
-    each frame has a step that has nothing to do with those of the others, which is what a staircase needs, and any other matrix.
+    Of 20 clips 7 have one step for all frames, so that a video can be drawn from its caption alone, and 12, the share `told`, are
+    told some frames, rather few, and have the others at one step. Those of every other clip are at step 0 and true; those of the
+    rest are slightly noisy, for they are as the network draws them itself (as_drawn), and it must know which of the two it goes on
+    from. In one each frame has a step that has nothing to do with those of the others, as in a staircase, or any other matrix.
     """
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
-    told = (0.5 <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
+    some = (0.95 - told <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
     every_other = (torch.arange(len(t), device=t.device) + torch.randint(0, 2, (1,), **where))[:, None] % 2 == 0
     known = torch.where(every_other, (low * LOW * timesteps).long().clamp(1, timesteps - 1), 0)
     own = torch.randint(0, timesteps, (len(t), frames), **where)
-    return torch.where(kind >= 0.95, own, torch.where(told, known, t[:, None]))
+    return torch.where(kind >= 0.95, own, torch.where(some, known, t[:, None]))
 
 
 def own_steps(t: Tensor, timesteps: int, generator: torch.Generator | None = None) -> list[int | None]:

@@ -139,11 +139,11 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             draws['known_mask'] = self.draw_known(count, device, generator)
         return draws
 
-    def draw_steps(self, t: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor | list]:
-        """The steps of clips (b), on the CPU, as forward takes them: spread to (b f) where each frame has a noise of its own."""
+    def draw_steps(self, t: Tensor, generator: torch.Generator | None = None, done: float = 1.) -> dict[str, Tensor | list]:
+        """The steps of clips (b), on the CPU, as forward takes them when so much of the training is `done`: (b), or (b f)."""
         if self.frame_noise == 'shared':
             return dict(t=t)
-        t = frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator)
+        t = frame_levels.draw_levels(t, self.num_frames, self.num_timesteps, generator, frame_levels.told_share(done))
         return dict(t=t, own_steps=frame_levels.own_steps(t, self.num_timesteps, generator))
 
     def draw_noise(self, shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -201,9 +201,9 @@ class Trainer(TrainingLoop):
         # How a clip moves, and all else that its caption says, is decided while there is hardly more than noise: from a
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
-        t = t ** (1 / self.noise_bias)
-        t = (t * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
-        draws = {name: drawn[rows] for name, drawn in self.diffusion.draw_steps(t, generator).items()}
+        t = (t ** (1 / self.noise_bias) * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
+        done = number / (self.train_num_steps * self.accumulate)
+        draws = {name: drawn[rows] for name, drawn in self.diffusion.draw_steps(t, generator, done).items()}
         if self.device.type != 'cpu':
             generator = seeded_generator(self.seed, 'noise', number, device=self.device)
         where = dict(device=self.device, generator=generator)
