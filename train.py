@@ -94,7 +94,7 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     frames = (args.num_frames,)
     if args.frame_noise == 'independent':        # a model that goes on for ever learns from windows that begin anywhere, too
         folder, args.random_window = folder.with_name(f'{folder.name}-long'), True
-        frames = args.num_frames, args.num_frames, 3 * args.num_frames
+        frames = args.num_frames, 3 * args.num_frames
     return draw_toy_world(folder, args.toy_clips, args.image_size, frames, processes)
 
 

@@ -51,15 +51,17 @@ def draw_levels(t: Tensor, frames: int, timesteps: int, generator: torch.Generat
     """Steps to train with, of each clip (b) and spread to its frames (b f): what a network must know to be asked all of the above.
 
     Of 20 clips 7 have one step for all frames, so that a video can be drawn from its caption alone, and 12, the share `told`, are
-    told some frames, rather few, and have the others at one step. Those of every other clip are at step 0 and true; those of the
-    rest are slightly noisy, for they are as the network draws them itself (as_drawn), and it must know which of the two it goes on
-    from. In one each frame has a step that has nothing to do with those of the others, as in a staircase, or any other matrix.
+    told some frames and have the others at one step. Those of every other clip are at step 0, true, and rather few, for little is
+    harder to go on from than much; those of the rest are slightly noisy, for they are as the network draws them itself (as_drawn),
+    as many as may be, and it must know which of the two it goes on from. In one each frame has a step that has nothing to do with
+    those of the others, as in a staircase, or any other matrix.
     """
     where = dict(device=t.device, generator=generator)
     kind, low = torch.rand((2, len(t), 1), **where)
-    some = (0.95 - told <= kind) & (kind < 0.95) & draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=2)
-    every_other = (torch.arange(len(t), device=t.device) + torch.randint(0, 2, (1,), **where))[:, None] % 2 == 0
-    known = torch.where(every_other, (low * LOW * timesteps).long().clamp(1, timesteps - 1), 0)
+    drawn = (torch.arange(len(t), device=t.device) + torch.randint(0, 2, (1,), **where))[:, None] % 2 == 0         # every other
+    few, many = (draw_mask(len(t), frames, 1., t.device, generator, end_too=0.25, draws=draws) for draws in (2, 1))
+    some = (0.95 - told <= kind) & (kind < 0.95) & torch.where(drawn, many, few)
+    known = torch.where(drawn, (low * LOW * timesteps).long().clamp(1, timesteps - 1), 0)
     own = torch.randint(0, timesteps, (len(t), frames), **where)
     return torch.where(kind >= 0.95, own, torch.where(some, known, t[:, None]))
 
@@ -120,7 +122,7 @@ def draw_mask(
     draws: int = 1,
 ) -> Tensor:
     """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well. The
-    beginning is as long as the shortest of so many `draws`: little is harder to go on from than much."""
+    beginning is as long as the shortest of so many `draws`."""
     where = dict(device=device, generator=generator)
     frame = torch.arange(frames, device=device)
     length = torch.randint(1, max(2, frames), (draws, count, 1), **where).amin(dim=0)        # all but one at the most
