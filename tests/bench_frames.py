@@ -34,7 +34,7 @@ def main():
     parser.add_argument('--cond-scale', type=float, default=1., help='where captions alone are given')
     parser.add_argument('--later-words', type=int, default=0, help='later windows of long videos are told so many words of the caption')
     parser.add_argument('--overlap', type=int, help='frames that their windows share (default: as sample_long)')
-    parser.add_argument('--known-noise', type=float, default=0., help='under which a window sees those of the window before')
+    parser.add_argument('--known-noise', type=float, help='under which a window sees those of the window before')
     parser.add_argument('--only-long', action='store_true')
     parser.add_argument('--out', help='folder for GIFs of what was drawn')
     args = parser.parse_args()

@@ -16,6 +16,7 @@ from video_diffusion.diffusion import known_frames, long_videos
 from video_diffusion.diffusion.frame_levels import (
     CLEAN,
     CUT,
+    DRAWN,
     LOW,
     SILENT,
     as_drawn,
@@ -350,6 +351,10 @@ def test_later_windows_know_what_was_drawn_under_a_little_noise():
         (False, 0., 1.), (True, 0.1, 1.5), (True, 0.1, 1.5), (True, 0.1, 1.5)]
     for i, given in enumerate(asked[1:]):
         assert torch.equal(given['first_frames'], video[:, :, 3 * i + 3:][:, :, :2])
+    for how, noise in ((dict(), DRAWN), (dict(known_noise=0.), 0.), (dict(known_by='replace'), None)):
+        asked.clear()
+        diffusion.sample_long(7, sampler='ddim', steps=1, batch_size=1, progress=False, overlap=3, **how)
+        assert [a.get('known_noise') for a in asked] == [0., noise]
 
 
 def test_captions_of_a_video_take_turns():

@@ -31,6 +31,7 @@ CLEAN = -1
 TOLD = 0.6                  # of the clips are told frames in training
 FIRST = 1 / 3               # of it none is: where the frames show all there is to see, a caption is read by luck
 LOW = 0.15                  # of all steps: known frames that are not to be trusted to the last pixel have up to so much noise
+DRAWN = 0.05                # of all steps: under so much it is shown those that it has drawn itself, as in training
 SILENT = 0.85               # of the clips that are told true frames have no caption: the frames show it
 CUT = 0.4                   # of those that are told drawn ones, where the captions of the others are cut short: see shortened
 

@@ -5,12 +5,13 @@
 
 The network never sees more than one window, so memory does not grow, and a video may go on for as long as one likes. What the
 model itself has drawn is nearly right, and nearly is passed on from window to window: where frames have noise of their own
-(frame_levels.py), those of a window before are shown under a little of it, `known_noise`, as in training.
+(frame_levels.py), those of a window before are shown under a little of it, `known_noise`, by which the network knows them.
 
 A video may be told what happens first, and then: of a list of captions each holds for its share of the windows.
 """
 
 import math
+from dataclasses import replace
 from itertools import groupby
 from typing import Sequence
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import number
+from . import frame_levels, known_frames
 from .sampling import Sampling
 
 
@@ -35,6 +37,8 @@ def window_by_window(
                          f'{window} frames or more and an overlap of {", ".join(map(str, lengths))}')
     number('later_cond_scale', later_cond_scale)
     later = settings.later(later_cond_scale)
+    if later.known_noise is None and (later.known_by or known_frames.best_way(diffusion)) == 'level':
+        later = replace(later, known_noise=frame_levels.DRAWN)
     later_negative = negative if later.cond_scale not in (0, 1) else None
     later.check(diffusion.num_timesteps, has_cond=cond is not None, negative=later_negative is not None, has_known=True,
                 frame_noise=diffusion.frame_noise)

@@ -35,7 +35,8 @@ class Sampling:
     wave_guidance: bool = False                   # a scale that jumps about instead, as CogVideoX's does
     known_by: str | None = None                   # 'level', 'network', 'guide' or 'replace', see known_frames.py; None: the best
     frame_guidance: float | None = None           # weight of 'guide'; None: 5
-    known_noise: float = 0.                       # of 'level': under which share of the noise steps known frames are shown,
+    known_noise: float | None = None              # of 'level': under which share of the noise steps known frames are shown (None:
+                                                  # 0, or 0.05 for those that the model has drawn itself, in a long video),
     history_scale: float = 1.                     # and how closely the others keep to them; 1 is as trained
     frame_lag: int = 0                            # steps from one frame to the next, 0: all together; see frame_levels.py
 
@@ -137,7 +138,7 @@ def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, gene
     if known_by == 'level':
         if settings.history_scale != 1:
             denoise = known_frames.led_by_known(denoise, noise, mask, settings.history_scale, diffusion.num_timesteps - 1, limit)
-        level = round(settings.known_noise * diffusion.num_timesteps) - 1
+        level = round((settings.known_noise or 0) * diffusion.num_timesteps) - 1
         steps, noise = known_frames.at_level(steps, noise, known, mask, level, diffusion.alpha_bar)
     elif known is not None and not (diffusion.latents and known_by == 'network'):   # of latents it is told only about right
         denoise = known_frames.replaced(denoise, known, mask)
