@@ -103,7 +103,7 @@ class GifDataset(Dataset):
         if not 0 < count < len(self):
             raise ValueError(f'cannot hold out {count} of {len(self)} clips to measure on: there must be one more than that '
                              'to train on')
-        files = sorted(set(self.paths))
+        files = list(dict.fromkeys(self.paths))
         apart = math.ceil(count / self.clips_per_video)
         if apart >= len(files) > 1:
             raise ValueError(f'cannot hold out {count} of {len(self)} clips to measure on: they come from {len(files)} files, and '

@@ -84,10 +84,11 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f'there is no file or folder {path}')
     files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
-    index = sorted(path.glob('*.safetensors.index.json')) if path.is_dir() else []
-    usual = [file for file in files if file.name == f'{WEIGHTS}.safetensors']
-    if usual and path / f'{WEIGHTS}.safetensors.index.json' not in index:      # beside the same in half precision, say
-        files, index = usual, []
+    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
+    if (usual := path / f'{WEIGHTS}.safetensors.index.json') in index:         # beside the same in half precision, say
+        index = [usual]
+    elif (usual := path / f'{WEIGHTS}.safetensors') in files:
+        files, index = [usual], []
     if index:                                            # sharded: the index says which files belong together
         with checkpoint.blaming(index[0]):
             names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
