@@ -19,7 +19,7 @@ import argparse
 import re
 import tempfile
 from dataclasses import fields
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -189,9 +189,9 @@ def reconstruct(vae, args: argparse.Namespace) -> None:
     z = vae.encode(video).mode()
     again = vae.decode(z, video.shape[2]).clamp(0, 1)
     stem = Path(args.out) / Path(args.reconstruct).stem
-    names = (f'{stem}-reconstructed{number}.{args.format}' for number in ('', *(f'-{i}' for i in count(2))))
-    name = next(name for name in names if args.overwrite or not Path(name).exists())
-    beside = name.replace('-reconstructed', '-compared')
+    numbered = ((f'{stem}-reconstructed{number}.{args.format}', f'{stem}-compared{number}.{args.format}')
+                for number in chain([''], (f'-{i}' for i in count(2))))
+    name, beside = next(names for names in numbered if args.overwrite or not any(Path(name).exists() for name in names))
     write_clip(again[0], name, fps)
     write_clip(torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1)[0], beside, fps, scale=None)
     print(f'{tuple(video.shape[1:])} -> latents {tuple(z.shape[1:])} -> {name}, {psnr(video, again).item():.1f} dB PSNR; '

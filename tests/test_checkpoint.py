@@ -90,6 +90,20 @@ def test_a_sound_checkpoint_comes_back_with_its_averaged_weights(runs, tmp_path,
         assert model(torch.rand(1, 3, 3, 8, 8))[0].isfinite().all()
 
 
+def test_a_sound_checkpoint_of_another_kind_says_who_reads_it(runs):
+    held = {}
+    for state in runs.values():
+        kind = 'VAE' if 'vae' in state['config'] else 'LatentDiffusion' if 'latent' in state['config'] else 'GaussianDiffusion'
+        held[kind] = state
+    assert len(held) == 3
+    for kind, state in held.items():
+        reader = 'vae_from_checkpoint' if kind == 'VAE' else 'diffusion_from_checkpoint'
+        for model in (GaussianDiffusion, LatentDiffusion):
+            if model.__name__ != kind:
+                with pytest.raises(ValueError, match=f'^the checkpoint holds a {kind}: read it with {reader}$'):
+                    model.from_state(copy.deepcopy(state))
+
+
 def test_a_model_made_from_a_state_in_memory_does_not_share_it(runs):
     state = copy.deepcopy(runs['causal'])
     vae = vae_from_state(state)

@@ -6,7 +6,7 @@ from test_unet3d import SMALL, twins
 from torch import nn
 from video_diffusion_pytorch import GaussianDiffusion as PeerDiffusion
 
-from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, samplers
+from video_diffusion import CausalVAE, GaussianDiffusion, Unet3D, WordEncoder, samplers
 from video_diffusion.diffusion.noise_schedule import build_schedule
 from video_diffusion.diffusion.objective import OBJECTIVES, target, to_noise
 
@@ -243,6 +243,37 @@ def test_errors_say_what_was_given_and_what_was_expected():
         diffusion.interpolate(torch.rand(1, 3, 3, 8, 8), torch.rand(2, 3, 3, 8, 8))
     with pytest.raises(ValueError, match='t=20.*0 to 19'):
         diffusion.interpolate(*torch.rand(2, 1, 3, 3, 8, 8), t=20)
+
+
+@pytest.mark.parametrize('video', [torch.randint(256, (2, 3, 3, 8, 8), dtype=torch.uint8), 255 * torch.rand(2, 3, 3, 8, 8)])
+def test_videos_that_nobody_divided_by_255_are_refused(video):
+    diffusion, vae = tiny(), CausalVAE(latent_channels=2, dim=4, dim_mults=(1, 1), blocks_per_level=1, norm_groups=2, time_compression=2)
+    how = dict(batch_size=2, steps=2, sampler='ddim', progress=False)
+    for use in (diffusion, diffusion.ddim_invert, lambda video: diffusion.interpolate(video, video), vae.encode,
+                lambda video: diffusion.sample(first_frames=video[:, :, :1], **how),
+                lambda video: diffusion.sample_long(5, first_frames=video[:, :, :1], **how)):
+        with pytest.raises(ValueError, match=r'expected floats in \[0, 1\]'):
+            use(video)
+
+
+def test_a_text_encoder_that_nobody_listens_to_is_refused():
+    with pytest.raises(ValueError, match='the network takes no captions: build it with cond_dim=4'):
+        tiny(text_encoder=WordEncoder(4))
+    with pytest.raises(ValueError, match='says 6 numbers of a caption, the network was built with cond_dim=4'):
+        tiny(cond_dim=4, text_encoder=WordEncoder(6))
+
+
+@pytest.mark.parametrize('dtype, bound', [(torch.bfloat16, 0.1), (torch.float64, 1e-4)])
+def test_a_whole_model_may_be_of_another_precision(dtype, bound):
+    diffusion, noise = tiny(cond_dim=4, objective='x0'), torch.randn(2, 3, 3, 8, 8)
+    cond, how = torch.randn(2, 4), dict(steps=3, sampler='ddim', progress=False)
+    exact = diffusion.sample(cond, noise=noise, **how)
+    diffusion.to(dtype)
+    given = noise.to(dtype) if dtype == torch.float64 else noise
+    drawn = diffusion.sample(cond.to(dtype), noise=given, **how)
+    assert drawn.dtype == given.dtype and (drawn - exact).abs().max() < bound
+    diffusion(torch.rand_like(given), cond.to(dtype)).backward()
+    assert {p.grad.dtype for p in diffusion.parameters() if p.grad is not None} == {dtype}
 
 
 def test_latents_are_not_sampled_through_a_division_by_almost_nothing():

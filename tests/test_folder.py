@@ -56,8 +56,8 @@ def test_captions_in_a_table(folder, columns):
 
 
 def test_a_table_of_other_clips_is_no_silence(folder):
-    (folder / 'metadata.csv').write_text('file_name,text\ntrain/a.gif,one\n')
-    with pytest.raises(ValueError, match=r'metadata\.csv has captions, but of no clip that is there: .*train/a\.gif'):
+    (folder / 'metadata.csv').write_text('file_name,text\na.gif,\ntrain/a.gif,one\n')
+    with pytest.raises(ValueError, match=r'metadata\.csv has captions, but of no clip that is read: .*train/a\.gif, for one'):
         ClipFolder(folder)
     (folder / 'metadata.csv').write_text('file_name,text\na.gif,\n')               # nothing is said of any
     assert ClipFolder(folder).captions is None
@@ -257,6 +257,14 @@ def test_a_photo_stands_upright_however_the_phone_was_held(tmp_path, orientation
     for clip in (read_clip(tmp_path / 'a.jpg'), read_clip(tmp_path / 'a.jpg', size=(8, 20))):
         corners = clip[:, 0].float()[:, [1, 1, -2, -2], [1, -2, 1, -2]] / 255
         assert (corners.round() == torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]])).all(), corners
+
+
+def test_the_size_of_a_picture_is_known_before_it_is_decoded(tmp_path, monkeypatch):
+    Image.new('L', (8000, 8000)).save(tmp_path / 'a.png')
+    monkeypatch.setattr('PIL.PngImagePlugin.PngImageFile.load', lambda self: pytest.fail('it was decoded'))
+    assert clip_shape(tmp_path / 'a.png') == (1, 10, 8000, 8000)
+    with pytest.raises(ValueError, match='up to 33554432 are read'):
+        read_clip(tmp_path / 'a.png')
 
 
 def test_pictures_of_many_bits_and_half_transparent_ones(tmp_path):

@@ -230,8 +230,10 @@ def test_known_frames_are_as_the_network_draws_them():
         torch.testing.assert_close(seen[clip, :, :known], diffusion.predict_x0(noisy, step, cond[one])[0, :, :known])
         assert (seen[clip, :, :known] - x0[clip, :, :known]).abs().mean() > 0.01
     asked, network = [], diffusion.denoise_fn.forward
-    diffusion.denoise_fn.forward = lambda *given, **more: asked.append(1) or network(*given, **more)
-    assert as_drawn(diffusion, x0, t, noise, cond, [None] * 4) is x0 and asked     # other processes may wait for its share
+    diffusion.denoise_fn.forward = lambda x, *given, **more: asked.append(len(x)) or network(x, *given, **more)
+    assert torch.equal(as_drawn(diffusion, x0, t, noise, cond, [None] * 4), x0)
+    assert torch.equal(as_drawn(diffusion, x0[:3], t[:3], noise, cond, [None, 9, None])[::2], x0[:3:2])
+    assert asked == [2, 2]                          # always of half: other processes may wait for its share
 
 
 def test_the_loss_asks_for_the_true_frames_beside_drawn_ones():
@@ -403,7 +405,6 @@ def test_latents_too_are_known_by_their_level():
     (dict(frame_lag=-1), 'frame_lag=-1: give a whole number, 0 or more'),
     (dict(known_noise=0.5), 'known_noise=0.5: give a number from 0 to 0.15'),
     (dict(cond=torch.zeros(2, 4), cond_scale=4., dynamic_guidance=5., history_scale=2.), 'go by the noise of a whole video'),
-    (dict(cond=torch.zeros(2, 4), cond_scale=4., wave_guidance=True, frame_lag=1), 'frame_lag and known_by'),
 ])
 def test_levels_without_sense_get_a_sentence(given, says):
     with pytest.raises(ValueError) as error:
@@ -414,6 +415,11 @@ def test_levels_without_sense_get_a_sentence(given, says):
 def test_models_that_cannot_have_it_say_so():
     with pytest.raises(ValueError, match='known_noise and history_scale'):
         tiny().sample(batch_size=1, steps=2, history_scale=2., progress=False)                     # nothing is known
+    for both in (dict(frame_lag=1, wave_guidance=True), dict(frame_lag=1, dynamic_guidance=5.)):
+        with pytest.raises(ValueError, match='go by the noise of a whole video'):
+            tiny(cond_dim=4).sample(torch.zeros(2, 4), 4., steps=2, progress=False, **both)
+    with pytest.raises(ValueError, match='num_frames=3, overlap=1: the model draws 1 frames'):
+        GaussianDiffusion(Unet3D(8, dim_mults=(1,)), image_size=8, num_frames=1).sample_long(3)
     with pytest.raises(ValueError, match="frame_lag=1 with known_by='guide'"):
         tiny().sample(first_frames=torch.rand(1, 3, 2, 8, 12), known_by='guide', frame_lag=1, batch_size=1, steps=2, progress=False)
     with pytest.raises(ValueError, match="frame_noise='all'"):

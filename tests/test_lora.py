@@ -187,6 +187,13 @@ def test_targets_choose_layers_and_a_wrong_one_is_told_what_there_is():
         add_lora(nn.Conv3d(1, 1, 1), 2)
     with pytest.raises(ValueError, match='rank=0'):
         add_lora(model, 0)
+    remove_lora(model)
+    for given, says in ((dict(rank=1.5), 'rank=1.5: give 1 or more'), (dict(rank=2, targets='to_nowhere'), "targets=\\['to_nowhere'\\]")):
+        with pytest.raises(ValueError, match=says):
+            add_lora(model, **given)
+    add_lora(model, 2, targets='to_q')
+    with pytest.raises(ValueError, match='has adapters already: take them off with remove_lora'):
+        add_lora(model, 2)
 
 
 @pytest.mark.slow

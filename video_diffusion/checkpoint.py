@@ -102,6 +102,13 @@ def build(constructor: Callable[[dict], nn.Module], config: dict, weights: dict[
     return fill(hollow(constructor, config, len(weights), source), weights, source)
 
 
+def expect(kind: str, state: dict) -> None:
+    """Refuse what `load_run` read if it holds something else, and say who reads that."""
+    held = 'VAE' if 'vae' in state['config'] else 'LatentDiffusion' if 'latent' in state['config'] else 'GaussianDiffusion'
+    if held != kind:
+        raise ValueError(f'the checkpoint holds a {held}: read it with {"vae" if held == "VAE" else "diffusion"}_from_checkpoint')
+
+
 def rebuild(constructor: Callable[[dict], nn.Module], state: dict) -> nn.Module:
     """The same, with the averaged weights, from what `load_run` read."""
     return build(constructor, state['config'], {**state['model'], **state['ema']['average']})

@@ -48,3 +48,11 @@ def video_shape(video: Tensor, channels: int, num_frames: int, height: int, widt
         expected = f'(batch, {channels}, {num_frames}, {height}, {width})'
         raise ValueError(f'the video has shape {tuple(video.shape)}: expected {expected}, that is '
                          '(batch, channels, num_frames, height, width)') from None
+
+
+def floats_in_0_1(video: Tensor) -> Tensor:
+    """The video, if it is what a user means by one, as far as that is known without waiting for a GPU: bytes are no floats, and
+    those of a file that nobody divided by 255 are too large."""
+    if not video.is_floating_point() or video.device.type == 'cpu' and video.numel() and video.max() > 10:
+        raise ValueError(f'a video of {video.dtype}, up to {video.max().item():.4g}: expected floats in [0, 1] (divide by 255)')
+    return video

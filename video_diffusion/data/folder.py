@@ -183,7 +183,8 @@ def read_captions(paths: list[Path], tables: list[str]) -> list[str] | None:
     captions = [read_caption(path) or listed.get(os.path.normpath(path), '') for path in paths]
     missing = [path for path, caption in zip(paths, captions) if not caption]
     if len(missing) == len(paths) and any(listed.values()):
-        raise ValueError(f'{tables[0]} has captions, but of no clip that is there: {next(iter(listed))} is one that is not')
+        one = next(filter(listed.get, listed))
+        raise ValueError(f'metadata.csv has captions, but of no clip that is read: {one}, for one, is not')
     if len(missing) == len(paths):
         return None
     if missing:

@@ -178,6 +178,7 @@ def other_frames(data: bytes, channels: int, size: Size | None) -> Iterator[tupl
     check_size(image.height, image.width)
     # A JPEG with more than one picture is not a film: phones put a small copy behind the large one.
     for frame in [image] if image.format == 'MPO' else ImageSequence.Iterator(image):
+        until = now + (frame.info.get('duration') or 100) / 1000
         if frame.mode.startswith('I'):                                      # 16 bits a pixel: to Pillow all is white from 256 on
             frame = Image.fromarray((np.asarray(frame) >> 8).astype(np.uint8))
         rgba = (frame if frame.mode == 'RGBA' else frame.convert('RGBA')).reduce(shrink)
@@ -187,13 +188,13 @@ def other_frames(data: bytes, channels: int, size: Size | None) -> Iterator[tupl
         if channels == 1:
             on_black = on_black.convert('L').convert('RGBA')
         yield now, np.asarray(on_black).view(np.uint32)[..., 0]
-        now += (frame.info.get('duration') or 100) / 1000
+        now = until
     yield now, None
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """How to turn a photo upright: phones write down how they were held, and do not turn the picture."""
-    return TURNS.get(image.getexif().get(ORIENTATION))
+    return TURNS.get(Image.Image.getexif(image).get(ORIENTATION))           # that of a PNG would decode it
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -240,6 +241,8 @@ class Pictures(Sequence):
             raise ValueError(f'a video of {video.dtype}: expected floats in [0, 1] (divide bytes by 255)')
         if any(frame.isnan().any() for frame in video.unbind(dim=2)):
             raise ValueError('the video has NaN in it: look for the step that made them before saving it')
+        if any(frame.max() > 10 for frame in video.unbind(dim=2)):
+            raise ValueError(f'the video has values up to {video.max().item():.4g}: expected floats in [0, 1] (divide by 255)')
         self.video, self.is_batch = video.detach(), tensor.ndim == 5
         # Clips of 16 pixels are stamps on a screen of today: hard pixels show what a model drew, not what a browser made of it.
         self.scale = scale or math.ceil(LEAST_SIDE / max(video.shape[-2:]))

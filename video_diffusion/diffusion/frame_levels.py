@@ -44,7 +44,7 @@ def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:
 
 
 def told_share(done: float) -> float:
-    """How many clips are to be told frames when so much of the training is done: first a network learns to draw from captions."""
+    """How many clips are to be told frames when so much of a training is done: first a network learns to draw from captions."""
     return 0. if done < FIRST else TOLD
 
 
@@ -101,15 +101,17 @@ def as_drawn(diffusion, x0: Tensor, t: Tensor, noise: Tensor, cond: Tensor | Non
     What it goes on from in a long video it has drawn itself, a little wrong, and it would go on from the error: a circle becomes
     a square in ten windows. Here it learns to see the circle (arXiv 2512.15702).
     """
-    drawn = {clip: step for clip, step in enumerate(own) if step is not None}
-    one_or_more = drawn or {0: 0}           # of a network in shares (shard.py) every process has one, so none may be left waiting
-    rows, steps = (torch.tensor(list(each)).to(x0.device, non_blocking=True) for each in (one_or_more, one_or_more.values()))
+    # Always of half of the clips, whether it is needed or not: a compiled network wants as many each time, and of one that lies
+    # in shares (shard.py) each process has one.
+    clips = sorted(range(len(own)), key=lambda clip: own[clip] is None)[:(len(own) + 1) // 2]
+    steps, drawn = zip(*((own[clip] or 0, own[clip] is not None) for clip in clips))
+    rows, steps, drawn = (torch.tensor(each).to(x0.device, non_blocking=True) for each in (clips, steps, drawn))
     cond = None if cond is None else cond[rows]
     noisy = diffusion.q_sample(x0[rows], steps, noise[rows].roll(1, dims=2))           # which no frame gets a second time
     clean = diffusion.predict_x0(noisy, steps, cond)
     torch.clear_autocast_cache()            # older versions would take from it, for the loss, weights that no gradient reaches
-    known = (t[rows] <= LOW * diffusion.num_timesteps)[:, None, :, None, None]
-    return x0.index_copy(0, rows, torch.where(known, clean, x0[rows])) if drawn else x0
+    known = drawn[:, None] & (t[rows] <= LOW * diffusion.num_timesteps)                                     # b f
+    return x0.index_copy(0, rows, torch.where(known[:, None, :, None, None], clean, x0[rows]))
 
 
 def levels_differ(t: Tensor) -> Tensor:

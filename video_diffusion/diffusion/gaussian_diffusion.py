@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import number, one_of, video_shape, whole
+from ..checks import floats_in_0_1, number, one_of, video_shape, whole
 from ..networks import network_config, network_from_config, same_network
 from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
@@ -303,8 +303,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     @classmethod
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'GaussianDiffusion':
         """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
-        if 'latent' in state['config']:
-            raise ValueError('the checkpoint holds a LatentDiffusion: read it with video_diffusion.diffusion_from_state')
+        checkpoint.expect('GaussianDiffusion', state)
         return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
     @classmethod
@@ -340,7 +339,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
 
     def to_network(self, video: Tensor) -> Tensor:
         """[0, 1] -> [-1, 1]"""
-        return video if self.latents else video * 2 - 1
+        return video if self.latents else floats_in_0_1(video) * 2 - 1
 
     def to_user(self, x: Tensor) -> Tensor:
         """[-1, 1] -> [0, 1]"""

@@ -97,6 +97,7 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
     frames = known.shape[2]
     if len(known) not in (1, batch):
         raise ValueError(f'known frames of {len(known)} videos for a batch of {batch}: give one, or as many')
+    mask = mask if mask is None else torch.as_tensor(mask)
     if mask is None or mask.dtype != torch.bool or mask.shape not in ((frames,), (1, frames), (batch, frames)):
         given = 'nothing' if mask is None else f'{mask.dtype} of shape {tuple(mask.shape)}'
         raise ValueError(f'known_mask says which frames are known: expected bools of shape ({frames},) or ({batch}, {frames}), '

@@ -334,6 +334,7 @@ class LatentDiffusion(nn.Module):
     @classmethod
     def from_state(cls, state: dict, text_encoder: str | None = None) -> 'LatentDiffusion':
         """The trained model, with its averaged weights, from what a Trainer saved; `text_encoder` names a frozen one."""
+        checkpoint.expect('LatentDiffusion', state)
         return checkpoint.rebuild(lambda config: cls.from_config(config, text_encoder), state)
 
 

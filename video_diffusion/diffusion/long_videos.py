@@ -32,13 +32,14 @@ def window_by_window(
     `lengths`: so many frames can be known, and so windows overlap by one of them."""
     window = diffusion.num_frames
     overlap = usual_overlap(window, lengths) if overlap is None else overlap
-    if num_frames < window or overlap not in (1, *lengths):
+    if not overlap < window <= num_frames or overlap not in (1, *lengths):
         raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
                          f'{window} frames or more and an overlap of {", ".join(map(str, lengths))}')
     number('later_cond_scale', later_cond_scale)
     later = settings.later(later_cond_scale)
     if later.known_noise is None and (later.known_by or known_frames.best_way(diffusion)) == 'level':
-        later = replace(later, known_noise=frame_levels.DRAWN)
+        least = 2 / diffusion.num_timesteps                      # at level 0 they would be the truth
+        later = replace(later, known_noise=min(max(frame_levels.DRAWN, least), frame_levels.LOW))
     later_negative = negative if later.cond_scale not in (0, 1) else None
     later.check(diffusion.num_timesteps, has_cond=cond is not None, negative=later_negative is not None, has_known=True,
                 frame_noise=diffusion.frame_noise)

@@ -40,6 +40,11 @@ def check_parts(
     network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float, frame_noise: str,
 ) -> None:
     """Refuse a network that cannot be told what this diffusion would tell it."""
+    if text_encoder is not None and not getattr(network, 'has_cond', True):
+        raise ValueError(f'a text_encoder was given, but the network takes no captions: build it with cond_dim={text_encoder.dim}')
+    widths = getattr(text_encoder, 'dim', None), getattr(network, 'cond_dim', None)
+    if None not in widths and widths[0] != widths[1]:
+        raise ValueError(f'the text_encoder says {widths[0]} numbers of a caption, the network was built with cond_dim={widths[1]}')
     if use_bert_cls and (text_encoder is not None or not getattr(network, 'use_bert_text_cond', False)):
         raise ValueError('text_use_bert_cls=True needs Unet3D(use_bert_text_cond=True) and no text_encoder of your own')
     if prob_cond_frames and not getattr(network, 'cond_frames', False):

@@ -77,8 +77,10 @@ class LoRALinear(nn.Linear):
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] | None = None) -> None:
     """Freeze `model` and put adapters beside the Linears whose names end in one of `targets`. None: all of attention, and
     alpha = rank."""
-    if rank < 1:
+    refuse_adapters(model)
+    if rank < 1 or rank != int(rank):
         raise ValueError(f'rank={rank}: give 1 or more')
+    targets = [targets] if isinstance(targets, str) else targets
     linears = [name for name, module in network_of(model).named_modules() if type(module) is nn.Linear]
     found = {target: [name for name in linears if f'.{name}'.endswith(f'.{target}')] for target in targets or ATTENTION}
     if targets is None:
@@ -94,11 +96,15 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: S
 
 def adapt(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     """Freeze `model` and give each of these layers of its network an adapter of (rank, alpha)."""
-    if lora_layers(model):
-        raise ValueError(f'the {type(network_of(model)).__name__} has adapters already: take them off with remove_lora')
+    refuse_adapters(model)
     model.requires_grad_(False)
     for name, (rank, alpha) in layers.items():
         network_of(model).set_submodule(name, LoRALinear(network_of(model).get_submodule(name), rank, alpha))
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    if lora_layers(model):
+        raise ValueError(f'the {type(network_of(model)).__name__} has adapters already: take them off with remove_lora')
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -193,14 +193,18 @@ class Unet3D(nn.Module):
         along_time = bias, turn, frames_alone
 
         _, p, q = self.patch
-        x = rearrange(x, 'b c f (h p) (w q) -> b (c p q) f h w', p=p, q=q)
+        given, dtype = x.dtype, self.init_conv.weight.dtype     # the whole network may be in half or in double precision
+        x = rearrange(x.to(dtype), 'b c f (h p) (w q) -> b (c p q) f h w', p=p, q=q)
         x = x.contiguous(memory_format=torch.channels_last_3d)  # see attention.py on the layout
         x = self.init_conv(x)
         # The public package never applies the mask to this first attention; pretrained weights expect that.
         x = self.init_temporal_attention(x, self.time_bias(f), turn)
         first = x
 
-        emb, text = self.time_mlp(time.view(b, -1)), None    # (b 1 n) or (b f n)
+        waves, *layers = self.time_mlp
+        emb, text = waves(time.view(b, -1)).to(dtype), None
+        for layer in layers:
+            emb = layer(emb)                                 # (b 1 n) or (b f n)
         if self.has_cond:
             if null_cond_mask is None:
                 null_cond_mask = bernoulli(b, null_cond_prob, x.device)
@@ -227,7 +231,8 @@ class Unet3D(nn.Module):
             x = upsample(x)
 
         x = self.final_block(x, None, first)
-        return rearrange(self.final_conv(x), 'b (c p q) f h w -> b c f (h p) (w q)', p=p, q=q)
+        x = rearrange(self.final_conv(x), 'b (c p q) f h w -> b c f (h p) (w q)', p=p, q=q)
+        return x.to(given) if dtype != torch.float32 else x
 
     def forward_with_cond_scale(
         self,

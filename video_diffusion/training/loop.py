@@ -195,7 +195,8 @@ class TrainingLoop(ABC):
         """The number of the milestone that the run is on its way to, or has just reached: they go on rising by one, even if a
         run goes on with another save_and_sample_every."""
         step, number = self.counted_from
-        return number + math.ceil(self.step / self.save_and_sample_every) - step // self.save_and_sample_every
+        every = self.save_and_sample_every
+        return number if self.step == step else number + math.ceil(self.step / every) - step // every
 
     def train_step(self, data) -> None:
         learning_rate = self.train_lr * self.lr_schedule(self.step)

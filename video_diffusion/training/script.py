@@ -125,7 +125,7 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: tuple[int, ...],
     processes.by_main(draw)
     clips = ClipFolder(folder)
     there = len(clips.paths), *clips.shape()
-    typical = int(median(frames))
+    typical = int(median(frames[i % len(frames)] for i in range(min(count, 16))))      # of as many as ClipFolder looks at
     if there != (count, typical, size, size):
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
                          f'world asked for ({count} clips of {typical} frames of {size}x{size}): remove it first')

@@ -189,7 +189,7 @@ class Trainer(TrainingLoop):
             self.backward(loss)
         return loss.detach()
 
-    def draw(self, number: int, size: int, prob_focus_present: float) -> dict[str, Tensor | float]:
+    def draw(self, number: int, size: int, prob_focus_present: float) -> dict[str, Tensor | float | list]:
         """All that is random about batch `number` of `size` clips: drawn for the batches of all processes, cut to our rows."""
         clips = size * self.processes.world_size
         rows = slice(self.processes.rank * size, (self.processes.rank + 1) * size)
@@ -202,7 +202,7 @@ class Trainer(TrainingLoop):
         # tenth of the signal on, the frames themselves show it. Uniform steps are too seldom so noisy for a network to
         # learn to listen, so t is drawn with density p t^(p-1) where the bias is p.
         t = (t ** (1 / self.noise_bias) * self.diffusion.num_timesteps).long().clamp(max=self.diffusion.num_timesteps - 1)
-        done = number / (self.train_num_steps * self.accumulate)
+        done = number / (self.train_num_steps * self.accumulate) if self.use_captions else 1.
         draws = {name: drawn[rows] for name, drawn in self.diffusion.draw_steps(t, generator, done).items()}
         if self.device.type != 'cpu':
             generator = seeded_generator(self.seed, 'noise', number, device=self.device)

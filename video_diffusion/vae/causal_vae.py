@@ -274,6 +274,7 @@ def chunks(x: Tensor, length: int) -> list[Tensor]:
 def refuse_bad_video(vae: nn.Module, video: Tensor):
     if video.ndim != 5:
         raise ValueError(f'a video of shape {tuple(video.shape)}: give (batch, channels, frames, height, width)')
+    checks.floats_in_0_1(video)
     channels, c = vae.config['in_channels'], vae.space_compression
     if video.shape[1] != channels:
         raise ValueError(f'a video of {video.shape[1]} channels: this VAE was built with in_channels={channels}')

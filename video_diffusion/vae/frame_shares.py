@@ -65,9 +65,10 @@ def has_special_first_frame(frames: int, compression: int) -> bool:
                      f'that ({with_first}), or a multiple without a special first frame ({without})')
 
 
-def latent_shape(vae: nn.Module, num_frames: int, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+def latent_shape(vae: nn.Module, num_frames: int, image_size: int | tuple[int, int]) -> tuple[int, int, int, int]:
     """(channels, frames, height, width) of the latents of videos."""
-    height, width = (side // vae.space_compression for side in image_size)
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = (side // vae.space_compression for side in sides)
     special = has_special_first_frame(num_frames, vae.time_compression)
     return vae.latent_channels, special + (num_frames - special) // vae.time_compression, height, width
 

@@ -107,6 +107,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def read_config(path: str | Path, class_name: str, fixed: dict, name: str = 'config.json') -> dict:
     """The config.json that lies in a folder or beside a file; only what `class_name` and `fixed` say can be read."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f'there is no file or folder {path}: nothing is fetched, so download it first')
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if not (folder / name).is_file():
         raise FileNotFoundError(f'{folder} holds no {name}: give the folder that save_pretrained wrote')

@@ -61,6 +61,8 @@ LINEAR = r'(downs|ups)\.\d+\.2\.fn\.fn\.to_.*weight$'    # linear attention's 1 
 
 def unet_from_lucidrains(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a Unet3D or GaussianDiffusion of `video-diffusion-pytorch` 0.6, for our `Unet3D.load_state_dict`."""
+    if not isinstance(state_dict, dict):
+        raise ValueError(f'{state_dict}: expected the state dict itself, as in unet_from_lucidrains(torch.load(path))')
     prefix = 'denoise_fn.'
     if any(name.startswith(prefix) for name in state_dict):  # a GaussianDiffusion: its schedule is not needed
         state_dict = {name[len(prefix):]: w for name, w in state_dict.items() if name.startswith(prefix)}
