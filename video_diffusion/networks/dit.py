@@ -308,7 +308,8 @@ class DiT(nn.Module):
         if cond is None:
             raise ValueError(f'this model is conditional: give cond, a tensor of shape {expected}')
         if cond.ndim != 3 or cond.shape[::2] != (len(x), self.cond_dim) or cond.shape[1] > self.text_length:
-            raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}')
+            longer = '; for longer captions build it with a larger text_length' if cond.ndim == 3 else ''
+            raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}{longer}')
 
 
 def known_only(x: Tensor, known: Tensor | None, mask: Tensor | None) -> Tensor:
