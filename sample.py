@@ -273,7 +273,7 @@ def read_low_res(args: argparse.Namespace, diffusion: GaussianDiffusion | Latent
 
 def write(videos: Tensor, prompts: list[str] | None, args: argparse.Namespace, fps: float) -> None:
     folder, overwrite = Path(args.out), args.overwrite
-    taken = [re.fullmatch(r'(\d{3,})(-.*)?', path.stem) for path in folder.glob(f'*.{args.format}')]
+    taken = [re.fullmatch(r'(\d{3}|[1-9]\d{3,})(-.*)?', path.stem) for path in folder.glob(f'*.{args.format}')]
     first = 0 if overwrite else max((int(match[1]) + 1 for match in taken if match), default=0)
     for i, video in enumerate(videos):
         words = '-' + re.sub(r'\W+', '-', prompts[i].lower()).strip('-')[:60] if prompts else ''

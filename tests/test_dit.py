@@ -351,7 +351,7 @@ def test_a_run_is_trained_saved_and_built_again(tmp_path):
     with trainer.ema.average_parameters():
         a, b = (each.sample(['a red circle'], steps=2, seed=1, progress=False) for each in (diffusion, again))
     assert torch.equal(a, b)
-    other = GaussianDiffusion(Unet3D(8), image_size=16, num_frames=2, timesteps=10, objective='v', text_encoder=WordEncoder(8))
+    other = GaussianDiffusion(Unet3D(8, cond_dim=8), image_size=16, num_frames=2, timesteps=10, objective='v', text_encoder=WordEncoder(8))
     assert not again.has_config(other.config()) and not other.has_config(again.config())
     assert not again.has_config({**again.config(), 'dit': {**dit.config, 'patch': 2}})
 

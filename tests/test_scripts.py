@@ -100,7 +100,7 @@ def test_a_folder_of_films_in_and_films_out(run):
     code, _, err = run('train.py', 'films', '--stage', 'vae', *SMALL[:11], '--image-steps', 0, '--fps', 5, '--time-compression', 1, '--device', 'cpu')
     assert code == 0, err
     code, out, err = run('sample.py', 'results_vae', '--reconstruct', 'films/a.mp4', '--format', 'mp4', '--fps', 10, '--device', 'cpu')
-    assert code == 0 and clip_shape('samples/a.mp4') == (10, 10, 16, 16), err
+    assert code == 0 and clip_shape('samples/a-reconstructed.mp4') == (10, 10, 16, 16), err
 
 
 def test_clips_and_images_together(run, clips):

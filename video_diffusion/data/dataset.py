@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .folder import CLIPS, ClipFolder, clip_shape, read_clip
+from .folder import CLIPS, ClipFolder, all_texts, clip_shape, read_clip
 from .frames import check_request, count_frames
 
 LONG = 8                # a recording so many times as long as a clip is read in windows, and not kept in memory
@@ -139,6 +139,11 @@ class GifDataset(Dataset):
         if self.horizontal_flip and flip < 0.5:
             clip = clip.flip(-1)
         return clip, self.captions and self.caption(index, begin)
+
+    def texts(self) -> set[str]:
+        """All captions that its clips may have."""
+        moves = self.random_window or self.clips_per_video > 1
+        return all_texts(self.captions) if moves else set(map(str, self.captions))
 
     def caption(self, index: int, begin: int) -> str:
         """What the clip shows from that frame on, counted at our rate."""

@@ -171,9 +171,9 @@ class Caption(str):
         return [str(self), *(text for first, text in self.later if first <= frame)][-1]
 
 
-def all_texts(*captions: list[str]) -> set[str]:
-    """All that clips with these captions may be told, window by window."""
-    return {text for some in captions for one in some for text in (str(one), *(later for _, later in getattr(one, 'later', ())))}
+def all_texts(captions: list[str]) -> set[str]:
+    """All that windows of clips with these captions may be told."""
+    return {text for caption in captions for text in (str(caption), *(text for _, text in getattr(caption, 'later', ())))}
 
 
 def read_captions(paths: list[Path], tables: list[str]) -> list[str] | None:

@@ -77,6 +77,9 @@ class LatentCache(Dataset):
     def clip_and_caption(self, index: int, _generator: torch.Generator) -> tuple[Tensor, str | None]:
         return self.clip(index), self.captions and self.captions[index]
 
+    def texts(self) -> set[str]:
+        return set(self.captions)
+
     def floats(self, clips: Tensor) -> Encoded:
         mean, logvar, *hint = clips.split(self.latent_channels, dim=1)          # b c f h w, each
         return Encoded(DiagonalGaussian(mean, logvar), hint[0][:, :, :self.hint_frames] if hint else None)

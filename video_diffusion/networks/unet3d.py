@@ -201,10 +201,7 @@ class Unet3D(nn.Module):
         x = self.init_temporal_attention(x, self.time_bias(f), turn)
         first = x
 
-        waves, *layers = self.time_mlp
-        emb, text = waves(time.view(b, -1)).to(dtype), None
-        for layer in layers:
-            emb = layer(emb)                                 # (b 1 n) or (b f n)
+        emb, text = self.embed(time.view(b, -1), dtype), None  # (b 1 n) or (b f n)
         if self.has_cond:
             if null_cond_mask is None:
                 null_cond_mask = bernoulli(b, null_cond_prob, x.device)
@@ -233,6 +230,14 @@ class Unet3D(nn.Module):
         x = self.final_block(x, None, first)
         x = rearrange(self.final_conv(x), 'b (c p q) f h w -> b c f (h p) (w q)', p=p, q=q)
         return x.to(given) if dtype != torch.float32 else x
+
+    def embed(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """Steps (b n) as vectors (b n time_dim)."""
+        waves, *layers = self.time_mlp
+        x = waves(time).to(dtype)
+        for layer in layers:
+            x = layer(x)
+        return x
 
     def forward_with_cond_scale(
         self,

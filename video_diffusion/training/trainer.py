@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import number, whole
 from ..data.dataset import GifDataset, seeded_generator
-from ..data.folder import CLIPS, IMAGES, ClipFolder, all_texts, write_clip
+from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
 from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
 from ..diffusion.latent_cache import LatentCache
@@ -129,7 +129,7 @@ class Trainer(TrainingLoop):
         self.cuts_captions = self.use_captions and learns and self.diffusion.frame_noise == 'independent'
         self.cache = None if learns else CaptionCache(self.diffusion.embed, folder=cache and caption_folder(encoder, cache))
         if cache is not None:
-            self.cache.fill(all_texts(*(own.captions for own in (self.dataset, self.clips, self.held_out) if own)), self.processes)
+            self.cache.fill(set().union(*(own.texts() for own in (self.dataset, self.clips, self.held_out) if own)), self.processes)
             encoder.unload()
 
     def told(self, captions: list[str] | None) -> Tensor | list[str] | None:
