@@ -87,8 +87,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
     if (usual := path / f'{WEIGHTS}.safetensors.index.json') in index:         # beside the same in half precision, say
         index = [usual]
-    elif (usual := path / f'{WEIGHTS}.safetensors') in files:
-        files, index = [usual], []
+    elif not index and (usual := path / f'{WEIGHTS}.safetensors') in files:
+        files = [usual]
     if index:                                            # sharded: the index says which files belong together
         with checkpoint.blaming(index[0]):
             names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
