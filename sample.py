@@ -100,9 +100,10 @@ def main() -> None:
     keep_freed_memory()
     processes = distributed.init(device=args.device)
     pretrained = (Path(args.checkpoint) / INDEX).is_file()
+    if args.steps is not None and not args.reconstruct:                # given, or because all is to be tiny
+        given['steps'] = args.steps
     if pretrained:
-        tiny = {} if args.steps is None else dict(steps=args.steps)
-        given = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1) | tiny | given
+        given = cogvideox_defaults(args.checkpoint) | dict(format='mp4', batch_size=1) | given
         if given['cond_scale'] in (0, 1) and args.negative is None:
             given['negative'] = None                               # '' is one too, and would need guidance
         args = argparse.Namespace(**vars(args) | given)
@@ -158,7 +159,6 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
         if getattr(args, name) is not None and args.frames is None:
             raise ValueError(f'--{name.replace("_", "-")} is for videos that are drawn piece by piece: {more_frames}')
     settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
-    settings |= {} if args.steps is None else dict(steps=args.steps)       # given, or because all is to be tiny
     fps = state.get('fps')
     more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, fps), num_frames=args.frames,
                 low_res=read_low_res(args, diffusion, fps), later_cond_scale=args.later_cond_scale)
