@@ -12,6 +12,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'        # read when Triton is imported: its kernels run without a GPU, see test_fused.py
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 

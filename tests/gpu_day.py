@@ -28,6 +28,8 @@ class Day:
         return GaussianDiffusion(network, image_size=h, num_frames=f, channels=c, **more)
 
     def seconds(self, work, rounds: int = 5) -> float:
+        if self.cuda:
+            torch.cuda.empty_cache()                                        # of what was measured before: too full, it is slow
         for _ in range(1 if self.tiny else 3):
             work()
         start = self.clock()

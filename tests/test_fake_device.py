@@ -32,7 +32,7 @@ from video_diffusion import (
     unmerge_lora,
 )
 from video_diffusion.distributed import Processes
-from video_diffusion.networks import unet_blocks
+from video_diffusion.networks import fused, unet_blocks
 from video_diffusion.networks.text import CaptionCache
 from video_diffusion.training.loop import adam
 from video_diffusion.training.muon import Muon, split
@@ -378,19 +378,21 @@ def test_no_step_of_a_sampler_waits(name):
     assert waits[1] == waits[2] and len(waits[1]) <= 1, waits
 
 
-@pytest.mark.parametrize('as_a_gpu_does', [True, False])
-def test_the_blocks_of_the_u_net_copy_nothing(as_a_gpu_does, monkeypatch):
+@pytest.mark.parametrize('norm', ['a kernel', 'lines of torch', 'that of a CPU'])
+def test_the_blocks_of_the_u_net_copy_nothing(norm, monkeypatch):
     """Their layout is channels-last from the first convolution on: frames join the batch and leave it without a copy. With the
     group norm that is right for a CPU they do not."""
     network = unet(dim_mults=(1, 2))
-    if not as_a_gpu_does:
+    if norm != 'a kernel':
+        monkeypatch.setattr(fused, 'TRITON', False)
+    if norm == 'that of a CPU':
         monkeypatch.setattr(unet_blocks, 'on_cpu', lambda x: True)
     with fake_gpu() as gpu, torch.no_grad():
         moved(network)
         network(torch.rand(SHAPE, device=GPU), torch.rand(2, device=GPU))
     lines = [line for line, shape in gpu.copies if math.prod(shape) > SIZE * SIZE]
     assert len([line for line in lines if line.startswith('unet3d')]) == 1, lines            # into channels-last, once
-    assert any(line.startswith('unet_blocks') for line in lines) != as_a_gpu_does, lines
+    assert any(line.startswith('unet_blocks') for line in lines) == (norm == 'that of a CPU'), lines
 
 
 def test_the_fake_gpu_refuses_what_a_real_one_refuses():

@@ -5,7 +5,7 @@ import torch
 from bench_dit import peak as measured
 
 from video_diffusion import CausalVAE, GaussianDiffusion, LatentDiffusion, Unet3D, WordEncoder, latent_shape
-from video_diffusion.networks import recompute
+from video_diffusion.networks import fused, recompute
 from video_diffusion.networks.attention import SpatialLinearAttention
 from video_diffusion.training.loop import adam
 from video_diffusion.training.memory import Need, estimate, peak
@@ -47,11 +47,15 @@ def test_the_estimate_is_what_a_step_really_takes(make):
 
 
 @pytest.mark.slow
-def test_the_estimate_for_a_gpu():
-    """Which takes layers whole that a CPU takes in slices. 5755 MB were measured on an H100, by `python tests/gpu.py --parts 2`."""
+def test_the_estimate_for_a_gpu(monkeypatch):
+    """Which takes layers whole that a CPU takes in slices. 5755 MB were measured on an H100, by `python tests/gpu.py --parts 2`,
+    when there were no kernels yet. With them it is less, which is not yet measured."""
     with torch.device('meta'):
         diffusion = GaussianDiffusion(Unet3D(64), image_size=64, num_frames=10)
+    fewer = estimate(diffusion, device=torch.device('cuda'))
+    monkeypatch.setattr(fused, 'TRITON', False)
     need = estimate(diffusion, device=torch.device('cuda'))
+    assert fewer.per_clip < need.per_clip
     assert (need.gradients + 8 * need.per_clip) / 2 ** 20 == pytest.approx(5755, rel=0.05)
     assert need.per_clip > 1.5 * estimate(diffusion).per_clip
 

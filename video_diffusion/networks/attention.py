@@ -31,6 +31,7 @@ from einops import rearrange
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
+from . import fused
 from .recompute import LITTLE, in_slices
 
 
@@ -54,6 +55,8 @@ class ChannelNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.fits(x):
+            return fused.channel_norm(x, self.gain)
         return F.layer_norm(x, self.gain.shape, self.gain, eps=1e-5)
 
 
@@ -136,8 +139,11 @@ class TemporalAttention(nn.Module):
         """To turn what a weight makes of any input is to turn the weight, once for each frame: to_qk (f c 2*heads*d)."""
         rows = self.norm(x)
         qk = torch.einsum('b f n c, f c o -> b f n o', rows, to_qk)
+        v = rows @ to_v
+        if fused.fits(v, self.dim_head, x.shape[1]):
+            return x + self.to_out(fused.along_time(qk, v, bias, self.heads))
         q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
-        v = rearrange(rows @ to_v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
+        v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
         return x + self.to_out(rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)'))
 
     def look_at_oneself(self, x: Tensor, to_v: Tensor) -> Tensor:
@@ -265,3 +271,10 @@ class SpatialLinearAttention(SpatialAttention):
 
     def __init__(self, dim: int, heads: int, dim_head: int = 32):
         super().__init__(dim, heads, dim_head, bias=True)
+        self.dim_head = dim_head
+
+    def look_around(self, x: Tensor) -> Tensor:
+        rows = self.norm(x)
+        if fused.fits(rows, self.dim_head):
+            return x + self.to_out(fused.linearly(self.to_qkv(rows), self.heads))
+        return x + self_attention(rows, self.to_qkv, self.to_out, self.heads, self.core)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from . import fused
 from .recompute import LITTLE, on_cpu, plainly, recompute
 
 
@@ -33,8 +34,9 @@ class SinusoidalEmbedding(nn.Module):
 class FrameConv(nn.Conv2d):
     """A 1 x k x k convolution: a 2-D one that sees every frame as an image of its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return per_frame(super().forward, x)
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        bias = self.bias if with_bias else None
+        return per_frame(lambda x: self._conv_forward(x, self.weight, bias), x)
 
 
 class FrameConvTranspose(nn.ConvTranspose2d):
@@ -56,8 +58,14 @@ class Block(nn.Module):
         self.conv = FrameConv(dim_in, dim_out, 3, padding=1)
         self.norm = nn.GroupNorm(groups, dim_out)
 
+    def convolve(self, x: Tensor) -> Tensor:
+        """x (b c f h w). What is fused on a GPU adds the bias too."""
+        return self.conv(x, with_bias=not fused.fits(x))
+
     def activate(self, x: Tensor, scale_shift: Tensor | None = None) -> Tensor:
         """All but the convolution: x (b c f h w), scale_shift (b 1 2c) or (b f 2c)."""
+        if fused.fits(x):
+            return fused.norm_film_silu(x, self.conv.bias, self.norm, scale_shift)
         if scale_shift is None and on_cpu(x):
             return F.silu(self.norm(x))
         gain, bias = self.norm.weight[None, None], self.norm.bias[None, None]          # 1 1 c
@@ -104,7 +112,7 @@ class ResnetBlock(nn.Module):
 
     def read(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return self.shortcut(x), self.block1.conv(x)
+        return self.shortcut(x), self.block1.convolve(x)
 
     def between(self, h: Tensor, scale_shift: Tensor | None) -> Tensor:
-        return self.block2.conv(self.block1.activate(h, scale_shift))
+        return self.block2.convolve(self.block1.activate(h, scale_shift))

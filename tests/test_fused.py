@@ -1,0 +1,253 @@
+"""The kernels of a GPU give what the lines of torch give that they stand for: results and gradients, float64 the judge.
+
+Without a GPU they run in Triton's interpreter (conftest.py asks for it), number by number as on one. That shapes and strides are
+those that torch.compile is told of is torch's own check.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from video_diffusion import CausalVAE, Unet3D
+from video_diffusion.networks import fused
+from video_diffusion.networks.attention import attend, attend_linearly
+
+pytest.importorskip('triton')
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The kernels take tensors of this device as they would those of a GPU. Their names, as they are launched."""
+    launched, fits, launch = [], fused.fits, fused.launch
+    monkeypatch.setattr(fused, 'on_gpu', lambda x: True)
+    monkeypatch.setattr(fused, 'launch', lambda name, *args, **kwargs: (launched.append(name), launch(name, *args, **kwargs)))
+    assert fits(torch.zeros(1))
+    return launched
+
+
+def off(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+
+
+def random(*shape):
+    return torch.randn(shape, device=DEVICE)
+
+
+def assert_alike(fast, plain, *inputs, bound=2e-6):
+    given = [x.detach().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out, expected = fast(*given), plain(*exact)
+    grad = torch.randn_like(out)
+    got, wanted = torch.autograd.grad(out, given, grad), torch.autograd.grad(expected, exact, grad.double())
+    assert out.shape == expected.shape
+    assert off(out, expected) < bound
+    for number, (a, b) in enumerate(zip(got, wanted)):
+        assert a.shape == b.shape and off(a, b) < bound, number
+
+
+# ---- attention along time
+
+def along_time_plainly(qk, v, bias, heads):
+    q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=heads)
+    v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=heads)
+    return rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)')
+
+
+@pytest.mark.parametrize('b, f, n, heads, d', [(2, 5, 9, 2, 16), (1, 10, 17, 1, 32), (1, 33, 5, 1, 16), (2, 2, 3, 1, 64)])
+@pytest.mark.parametrize('of_each_clip', [False, True])
+def test_attention_along_time(b, f, n, heads, d, of_each_clip):
+    """Pixels that do not fill a tile, frames that do not, and a bias for all clips or one for each."""
+    bias = random(b, 1, heads, f, f) if of_each_clip else random(heads, f, f)
+    assert_alike(lambda *x: fused.along_time(*x, heads), lambda *x: along_time_plainly(*x, heads),
+                 random(b, f, n, 2 * heads * d), random(b, f, n, heads * d), bias)
+
+
+def test_frames_that_see_only_themselves():
+    """The bias of clips that focus on the present is minus infinity elsewhere."""
+    bias = random(1, 1, 1, 4, 4).masked_fill(~torch.eye(4, dtype=torch.bool, device=DEVICE), -float('inf'))
+    v = random(1, 4, 3, 16)
+    assert torch.equal(fused.along_time(random(1, 4, 3, 32), v, bias, 1), v)
+
+
+def test_rows_in_any_order():
+    """The products before it leave the frames outermost; and so come their gradients."""
+    qk, v, bias = random(3, 2, 5, 32).transpose(0, 1).requires_grad_(), random(2, 3, 5, 16), random(1, 3, 3)
+    out = fused.along_time(qk, v, bias, 1)
+    assert torch.equal(out, fused.along_time(qk.contiguous(), v, bias, 1))
+    grad, = torch.autograd.grad(out.sum(), qk)
+    assert grad.stride() == qk.stride()
+
+
+# ---- linear attention
+
+def linearly_plainly(qkv, heads):
+    q, k, v = rearrange(qkv, 'b n (qkv heads d) -> qkv b heads n d', qkv=3, heads=heads)
+    return rearrange(attend_linearly(q, k, v), 'b heads n d -> b n (heads d)')
+
+
+@pytest.mark.parametrize('b, n, heads, d', [(2, 150, 2, 16), (3, 16, 1, 32), (1, 300, 1, 16)])
+def test_linear_attention(b, n, heads, d):
+    assert_alike(lambda x: fused.linearly(x, heads), lambda x: linearly_plainly(x, heads), 3 * random(b, n, 3 * heads * d))
+
+
+def test_linear_attention_with_large_keys():
+    """Their exponentials are beyond float32, in the last tile more than in the first."""
+    qkv = random(1, 300, 48) + torch.arange(300., device=DEVICE)[:, None]
+    assert_alike(lambda x: fused.linearly(x, 1), lambda x: linearly_plainly(x, 1), qkv, bound=1e-4)
+
+
+# ---- norms
+
+@pytest.mark.parametrize('shape', [(2, 3, 5, 24), (170, 64), (3, 1000)])
+def test_layer_norm(shape):
+    assert_alike(fused.channel_norm, lambda x, gain: F.layer_norm(x, gain.shape, gain, eps=1e-5), 3 + random(*shape), random(shape[-1]))
+
+
+def activation(x, beta, weight, bias, film, groups):
+    y = F.group_norm(x + beta.view(-1, 1, 1, 1), groups, weight, bias, eps=1e-5)
+    if film is not None:
+        scale, shift = (rearrange(part, 'b f c -> b c f 1 1') for part in film.chunk(2, dim=-1))
+        y = y * (scale + 1) + shift
+    return F.silu(y)
+
+
+@pytest.mark.parametrize('c, f, side, groups', [(16, 3, 4, 4), (24, 2, 14, 8), (64, 2, 9, 8)])
+@pytest.mark.parametrize('film', [None, 'clip', 'frame'])
+def test_group_norm_film_and_silu(c, f, side, groups, film):
+    """The mean far from 0, as a bias makes it; more than one tile, and one that is not full."""
+    x = (3 + random(2, c, f, side, side)).contiguous(memory_format=torch.channels_last_3d)
+    films = [] if film is None else [random(2, f if film == 'frame' else 1, 2 * c)]
+    assert_alike(lambda x, beta, weight, bias, film=None: fused.NormFilmSilu.apply(x, beta, weight, bias, film, groups, 1e-5),
+                 lambda x, beta, weight, bias, film=None: activation(x, beta, weight, bias, film, groups),
+                 x, random(c), random(c), random(c), *films)
+
+
+def test_a_mean_that_is_large_beside_the_deviation():
+    x = (1000 + random(1, 8, 2, 8, 8)).contiguous(memory_format=torch.channels_last_3d)
+    norm = nn.GroupNorm(2, 8).to(DEVICE)
+    y = fused.norm_film_silu(x, torch.zeros(8, device=DEVICE), norm, None)
+    assert off(y, F.silu(F.group_norm(x.double(), 2))) < 2e-4
+
+
+# ---- in the networks
+
+def answers(network, *inputs):
+    """The output, and the gradients of input and weights."""
+    network.zero_grad()
+    x = inputs[0].clone().requires_grad_()
+    output = network(x, *inputs[1:])
+    output.square().mean().backward()
+    return {'output': output.detach(), 'input': x.grad} | {
+        name: weight.grad.clone() for name, weight in network.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize('time', [(2,), (2, 3)])
+@pytest.mark.parametrize('again', [False, True])
+def test_the_u_net(time, again, as_on_a_gpu, monkeypatch):
+    """One time for a clip or one for each frame; everything kept, or computed again."""
+    torch.manual_seed(0)
+    network = Unet3D(16, dim_mults=(1, 2), attn_heads=1, attn_dim_head=16).to(DEVICE)
+    for module in network.modules():
+        if hasattr(module, 'little'):
+            module.little = 0 if again else 1e9
+    inputs = random(2, 3, 3, 4, 4), torch.randint(0, 1000, time, device=DEVICE)
+    fast = answers(network, *inputs)
+    assert {'time_backward', 'linear_backward', 'layer_norm_backward', 'deactivate'} <= set(as_on_a_gpu)
+    as_on_a_gpu.clear()
+    monkeypatch.setattr(fused, 'on_gpu', lambda x: False)
+    plain = answers(network, *inputs)
+    assert not as_on_a_gpu and fast.keys() == plain.keys()
+    for name in plain:
+        assert off(fast[name], plain[name]) < 1e-5 or (fast[name] - plain[name]).norm() < 1e-9, name
+
+
+@pytest.mark.parametrize('scope', ['clip', 'frame'])
+def test_the_vae(scope, as_on_a_gpu, monkeypatch):
+    """Encoded and decoded without gradients, at once and in chunks. With gradients no kernel is asked."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(fused, 'NUMBERS', 64)                                       # several tiles
+    vae = CausalVAE(dim=8, dim_mults=(1, 2), latent_channels=2, time_compression=2, norm_groups=4, norm_scope=scope,
+                    blocks_per_level=1).to(DEVICE).eval()
+    for module in vae.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    video = torch.rand(1, 3, 5, 8, 12, device=DEVICE)
+
+    def pass_through():
+        with torch.no_grad():
+            z = vae.encode(video).mode()
+            return z, vae.decode(z), vae.decode(z, chunk=1)
+    fast = pass_through()
+    assert {'frame_moments', 'conditioned_silu'} == set(as_on_a_gpu)
+    as_on_a_gpu.clear()
+    vae(video)[0].sum().backward()
+    monkeypatch.setattr(fused, 'on_gpu', lambda x: False)
+    plain = pass_through()
+    assert not as_on_a_gpu
+    assert max(map(off, fast, plain)) < 5e-6
+
+
+def test_what_does_not_fit_is_left_to_torch(as_on_a_gpu):
+    x = torch.zeros(1)
+    assert fused.fits(x) and fused.fits(x, 16, 64)
+    assert not fused.fits(x.double()) and not fused.fits(x, 24) and not fused.fits(x, 32, 65)
+
+
+def test_nothing_is_fused_without_a_gpu():
+    assert not fused.fits(torch.zeros(1)) and not fused.fits(torch.zeros(1, device='meta'))
+
+
+# ---- torch.compile
+
+@pytest.mark.parametrize('name', ['along_time', 'along_time_backward', 'linearly', 'linearly_backward', 'channel_norm',
+                                  'channel_norm_backward', 'norm_film_silu', 'norm_film_silu_backward', 'frame_moments',
+                                  'conditioned_silu'])
+def test_compilers_are_told_the_shapes_and_strides_that_come(name):
+    qk, v, qkv = random(3, 2, 5, 32).transpose(0, 1), random(2, 3, 5, 16), random(2, 5, 48)
+    bias = random(3, 3, 1).permute(2, 0, 1)                                         # heads last, as an embedding gives them
+    x, film, c = random(2, 8, 3, 4, 4).contiguous(memory_format=torch.channels_last_3d), random(2, 3, 16), random(8)
+    planes, scale, latent = random(1, 4, 3, 4, 4), random(1, 4, 1, 1, 1), torch.tensor([0, 1, 1], device=DEVICE)
+    args = {
+        'along_time': (qk, v, bias, 1),
+        'along_time_backward': (v, qk, v, bias, 1),
+        'linearly': (qkv, 1),
+        'linearly_backward': (random(2, 5, 16), qkv, random(2, 1, 16, 16), random(2, 1, 16), 1),
+        'channel_norm': (v, random(16)),
+        'channel_norm_backward': (v, v, random(16)),
+        'norm_film_silu': (x, c, c, c, film, 2, 1e-5),
+        'norm_film_silu_backward': (x, x, c, c, c, film, random(2, 3, 8), random(2, 3, 8), random(2, 8), random(2, 2, 2), 2),
+        'frame_moments': (planes, 2),
+        'conditioned_silu': (planes, scale, scale, random(1, 4, 2, 2, 2), random(1, 4, 2, 2, 2), latent),
+    }[name]
+    operation = getattr(torch.ops.video_diffusion, name)
+    torch.library.opcheck(operation.default, args, test_utils=('test_schema', 'test_faketensor'))
+    told = operation(*(x.to('meta') if isinstance(x, torch.Tensor) else x for x in args))
+    came = operation(*args)
+    for a, b in zip(*([each] if isinstance(each, torch.Tensor) else each for each in (told, came))):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.slow
+def test_a_compiled_u_net(as_on_a_gpu):
+    """One graph, with the launches in it."""
+    torch.manual_seed(0)
+    network = Unet3D(8, dim_mults=(1,), attn_heads=1, attn_dim_head=16).to(DEVICE)
+    inputs = random(1, 3, 2, 4, 4), torch.tensor([7], device=DEVICE)
+    plain = answers(network, *inputs)
+    fast = answers(torch.compile(network, backend='aot_eager', fullgraph=True), *inputs)
+    for name, each in plain.items():
+        assert off(fast['_orig_mod.' * (name not in ('output', 'input')) + name], each) < 1e-5, name
