@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from video_diffusion.vae.causal_blocks import Downsample, Norm, Upsample, stretched_index
 from video_diffusion.vae.causal_vae import CausalVAE
 from video_diffusion.vae.context_parallel import CausalConv3d, Piece, steps
+from video_diffusion.vae.frame_shares import fitting_frames
 
 
 def small_vae(scope='frame', **kwargs):
@@ -42,6 +43,22 @@ def test_frames_become_latents_and_come_back(compression, frames, latents):
         assert z.shape == (1, 2, latents, 4, 4)
         assert vae.decode(z, frames=frames).shape == (1, 3, frames, 16, 16)
         assert vae.decode(z).shape[2] == 1 + compression * (latents - 1)
+
+
+@pytest.mark.parametrize('compression, dim_mults', [(2, (1, 1)), (4, (1, 1, 1))])
+def test_without_a_first_frame_kept_apart_the_first_ones_come_out_alike(compression, dim_mults):
+    """What is before them is a copy of them in every layer. So train.py takes 1 + a multiple."""
+    vae = small_vae(time_compression=compression, dim_mults=dim_mults)
+    with torch.no_grad():
+        z = torch.randn(1, 2, 3, 4, 4)
+        alike, apart = vae.decode(z, frames=3 * compression), vae.decode(z)
+    for frame in range(1, compression):
+        assert torch.equal(alike[:, :, frame], alike[:, :, 0])
+        assert not torch.equal(apart[:, :, frame], apart[:, :, 0])
+    assert not torch.equal(alike[:, :, compression], alike[:, :, 0])
+    assert [fitting_frames(n, compression) % compression for n in range(1, 20)] == [1] * 19
+    assert all(0 <= n - fitting_frames(n, compression) < compression for n in range(1, 20))
+    assert fitting_frames(8, 1) == 8
 
 
 def test_time_is_compressed_eight_times_on_four_levels():

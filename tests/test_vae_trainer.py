@@ -231,6 +231,8 @@ def test_what_cannot_work_is_refused(clips, tmp_path):
         make_trainer(clips, tmp_path, image_steps=-1)
     with pytest.raises(ValueError, match='6 frames: time is compressed by 4'):
         make_trainer(clips, tmp_path, small_vae(dim_mults=(1, 1, 1), time_compression=4), num_frames=6, image_steps=2)
+    with pytest.warns(UserWarning, match='num_frames=4: the first 2 frames of a reconstruction will be alike.* of 3 or 5'):
+        make_trainer(clips, tmp_path, num_frames=4)
     with pytest.raises(ValueError, match='image_share=2'):
         make_trainer(clips, tmp_path, image_share=2)
     for name, value in (('kl_weight', -1.), ('kl_weight', float('nan')), ('disc_weight', -1), ('disc_start', -1), ('held_out', 0),

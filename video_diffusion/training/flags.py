@@ -28,7 +28,7 @@ DEFAULTS = {
     'batch_size':       ((8, 32),                (8, 16), (16, 32)),
     'objective':        (('x0', 'x0'),           None),         # of x0 the last steps of sampling are free of grain
     'lr':               ((2e-3, 2e-3),           (2e-3, 2e-4), (0.01, 5e-4)),
-    'muon_lr':          ((0.01, 0.01),           None,     (0.04, None)),
+    'muon_lr':          ((0.01, 0.01),           (0.01, None), (0.04, None)),
     'steps':            ((1500, 4000),           (800, 20000), (2000, 10000)),
     'image_steps':      (None,                   (600, 5000)),
     'sample_every':     ((750, 1000),            (200, 1000), (1000, 1000)),
@@ -98,7 +98,7 @@ FLAGS = {
         Flag('--batch-size', int, None, 'clips per forward pass of each process'),
         Flag('--accumulate', int, 1, 'forward passes per step'),
         Flag('--lr', float, None, 'learning rate of Adam, after --warmup steps'),
-        Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all', D),
+        Flag('--muon-lr', float, None, 'that of Muon, which trains the matrices; 0: Adam trains all'),
         Flag('--warmup', int, 50, 'steps of warm-up, before a cosine decay to zero'),
         Flag('--loss', tuple(LOSSES), 'l2', ''),
         Flag('--ema-decay', float, 0.995, 'of the averaged weights'),
@@ -191,6 +191,8 @@ def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> Non
             setattr(args, name, value)
     if args.init and args.image_steps is None:
         args.image_steps = 0                     # what these weights know about motion is to be kept
+    if args.init and args.muon_lr is None:
+        args.muon_lr = 0.                        # and Muon turns every matrix by as much, whatever it knows
     if args.vae and args.network == 'unet' and args.patch is None:
         args.patch = 1
     if 'sample_steps' not in given:

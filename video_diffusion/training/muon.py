@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ..checks import number
+from .loop import adam as plain_adam
 from .shard import is_share, share
 
 MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)   # layers whose weight is one
-ENDS = ('init_conv', 'final_conv', 'from_patches', 'to_patches')                                 # where numbers are pixels
+ENDS = ('init_conv', 'final_conv', 'from_patches', 'to_patches', 'conv_in', 'conv_out')       # of pixels or latents
 
 
 def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
@@ -96,3 +97,13 @@ class Muon(torch.optim.Optimizer):
         first, second, steps = ([self.state[w][name] for w in weights] for name in ('exp_avg', 'exp_avg_sq', 'step'))
         adam(weights, [w.grad for w in weights], first, second, [], steps, foreach=True, amsgrad=False, beta1=0.9, beta2=0.999,
              lr=lr, weight_decay=0., eps=eps, maximize=False)
+
+
+def muon_or_adam(model: nn.Module, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float = 0.,
+                 ) -> torch.optim.Optimizer:
+    """What a Trainer asks for: Muon where it has a rate of its own."""
+    if muon_lr is None:
+        return plain_adam(model.parameters(), lr, betas, weight_decay)
+    if weight_decay:
+        raise ValueError(f'weight_decay={weight_decay} is for Adam: leave it out, or leave muon_lr out')
+    return Muon(*split(model), lr=lr, muon_lr=muon_lr)

@@ -37,10 +37,10 @@ from .alike import settings_of
 from .ema import EMA
 from .held_out import COLUMNS as held_out_columns
 from .held_out import loss_per_level
-from .loop import TrainingLoop, adam
+from .loop import TrainingLoop
 from .lora_run import Learnt, check_lora, lora_config
 from .memory import keep_freed_memory
-from .muon import Muon, split
+from .muon import muon_or_adam
 from .shard import shard_weights
 
 
@@ -93,7 +93,7 @@ class Trainer(TrainingLoop):
         self.held_out = cached(self.clips.hold_out(held_out)) if held_out else ()
         self.measures = held_out_columns if held_out else ()
         super().__init__(
-            diffusion, cached(self.clips), optimizer=optimizer(diffusion, train_lr, muon_lr, adam_betas, weight_decay),
+            diffusion, cached(self.clips), optimizer=muon_or_adam(diffusion, train_lr, muon_lr, adam_betas, weight_decay),
             ema=EMA(diffusion, ema_decay, warmup=ema_warmup), batch_size=train_batch_size,
             accumulate=gradient_accumulate_every, num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule,
             max_grad_norm=max_grad_norm, amp=amp, step_start_ema=step_start_ema, update_ema_every=update_ema_every,
@@ -278,15 +278,6 @@ def fuse(network: nn.Module) -> None:
     for function in (rearrange, reduce, repeat):
         torch.compiler.allow_in_graph(function)
     network.compile()
-
-
-def optimizer(diffusion: GaussianDiffusion, lr: float, muon_lr: float | None, betas: tuple[float, float], weight_decay: float,
-              ) -> torch.optim.Optimizer:
-    if muon_lr is None:
-        return adam(diffusion.parameters(), lr, betas, weight_decay)
-    if weight_decay:
-        raise ValueError(f'weight_decay={weight_decay} is for Adam: leave it out, or leave muon_lr out')
-    return Muon(*split(diffusion), lr=lr, muon_lr=muon_lr)
 
 
 def check_options(

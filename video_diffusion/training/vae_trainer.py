@@ -19,6 +19,7 @@ In `results_folder`: `model-<milestone>.pt`, `<milestone>.gif` with held-out cli
 and their difference (times 4, on grey), and `log.csv` with PSNR and SSIM on the held-out clips.
 """
 
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Sequence
@@ -41,6 +42,7 @@ from . import lr_schedule
 from .alike import settings_of
 from .ema import EMA
 from .loop import TrainingLoop, adam
+from .muon import muon_or_adam
 
 
 class VAETrainer(TrainingLoop):
@@ -69,6 +71,7 @@ class VAETrainer(TrainingLoop):
         ema_warmup: bool = True,                 # see ema.py
         train_batch_size: int = 4,               # clips in one forward pass of one process, or of those that share them
         train_lr: float = 1e-4,
+        muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         train_num_steps: int = 100000,
         gradient_accumulate_every: int = 1,
         amp: bool = False,                       # bf16 or fp16 where the hardware has it
@@ -89,7 +92,7 @@ class VAETrainer(TrainingLoop):
         dataset, self.held_out = clips_to_train_and_measure_on(
             folder, held_out, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
             random_window=random_window, fps=fps, clips_per_video=clips_per_video, seed=seed, strict=strict)
-        has_special_first_frame(num_frames, vae.time_compression)       # complains, if they do not fit, now and not in a clip
+        check_frames(num_frames, vae.time_compression)                  # now, and not in a clip
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
         self.vae = vae.to(processes.device).train()
@@ -98,7 +101,7 @@ class VAETrainer(TrainingLoop):
         self.kl_weight, self.image_share, self.image_steps = kl_weight, image_share, image_steps
         processes.begin_alike(vae)
         super().__init__(
-            vae, dataset, optimizer=adam((*vae.parameters(), *self.loss.parameters()), train_lr, betas=(0.9, 0.99)),
+            vae, dataset, optimizer=muon_or_adam(nn.ModuleList([vae, self.loss]), train_lr, muon_lr, betas=(0.9, 0.99)),
             ema=EMA(vae, ema_decay, warmup=ema_warmup), batch_size=train_batch_size, accumulate=gradient_accumulate_every,
             num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule, max_grad_norm=max_grad_norm, amp=amp,
             step_start_ema=0, update_ema_every=1, save_and_sample_every=save_and_sample_every, log_every=log_every,
@@ -154,7 +157,7 @@ class VAETrainer(TrainingLoop):
 
         if is_last and self.processes.world_size > 1:
             for optimizer in self.optimizers():
-                sum_gradients(optimizer.param_groups[0]['params'], dist.group.WORLD)
+                sum_gradients([w for group in optimizer.param_groups for w in group['params']], dist.group.WORLD)
         if self.scaler.is_enabled():                         # its scale may be too large for a step, which is then left out
             weight = weight.nan_to_num()
         loss = nll + self.kl_weight * kl + weight * adversarial
@@ -262,6 +265,12 @@ class VAETrainer(TrainingLoop):
 
     def config(self) -> dict:
         return vae_config(self.vae)
+
+
+def check_frames(frames: int, compression: int) -> None:
+    if not has_special_first_frame(frames, compression) and compression > 1:
+        warnings.warn(f'num_frames={frames}: the first {compression} frames of a reconstruction will be alike, for nothing is before '
+                      f'them; of {frames - compression + 1} or {frames + 1} frames the first is kept apart', stacklevel=3)
 
 
 def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: float, image_share: float, image_steps: int,

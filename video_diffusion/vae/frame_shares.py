@@ -53,7 +53,10 @@ class Shares:
 # ---- a clip's way into the processes and out again
 
 def has_special_first_frame(frames: int, compression: int) -> bool:
-    """1 + 4k frames begin with one that is kept apart in time, 4k frames do not, other numbers do not fit."""
+    """1 + 4k frames begin with one that is kept apart in time, 4k frames do not, other numbers do not fit.
+
+    Without it the first four frames of a reconstruction are alike: what comes before them is a copy of them, in every layer.
+    """
     if frames > 0 and frames % compression == 0:
         return False
     if frames % compression == 1:
@@ -74,8 +77,8 @@ def latent_shape(vae: nn.Module, num_frames: int, image_size: int | tuple[int, i
 
 
 def fitting_frames(frames: int, compression: int) -> int:
-    """The most of them that make a clip: 1 + 4k or 4k."""
-    return frames if frames % compression < 2 else frames // compression * compression + 1
+    """The most of them that are 1 + 4k. Of 4k a decoder makes the first four alike: it sees nothing before them."""
+    return max(1, frames - (frames - 1) % compression)
 
 
 def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1, debug=False) -> Tensor:
