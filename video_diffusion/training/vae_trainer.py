@@ -106,8 +106,7 @@ class VAETrainer(TrainingLoop):
             num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule, max_grad_norm=max_grad_norm, amp=amp,
             step_start_ema=0, update_ema_every=1, save_and_sample_every=save_and_sample_every, log_every=log_every,
             results_folder=results_folder, seed=seed, processes=processes)
-        self.parts['loss'] = self.loss
-        self.disc_start, self.disc_weight = disc_start, disc_weight
+        self.parts['loss'], self.disc_start, self.disc_weight = self.loss, disc_start, disc_weight
         self.discriminator = None if disc_start is None else self.begin_critic()
         self.share_clips(True)
 
@@ -269,8 +268,8 @@ class VAETrainer(TrainingLoop):
 
 def check_frames(frames: int, compression: int) -> None:
     if not has_special_first_frame(frames, compression) and compression > 1:
-        warnings.warn(f'num_frames={frames}: the first {compression} frames of a reconstruction will be alike, for nothing is before '
-                      f'them; of {frames - compression + 1} or {frames + 1} frames the first is kept apart', stacklevel=3)
+        warnings.warn(f'num_frames={frames}: the first {compression} frames of a reconstruction will be alike, for nothing is '
+                      f'before them; of {frames - compression + 1} or {frames + 1} frames the first is kept apart', stacklevel=3)
 
 
 def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: float, image_share: float, image_steps: int,
