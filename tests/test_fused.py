@@ -12,7 +12,7 @@ from torch import nn
 
 from video_diffusion import Unet3D
 from video_diffusion.networks import fused
-from video_diffusion.networks.attention import SpatialLinearAttention, attend, attend_linearly
+from video_diffusion.networks.attention import ChannelNorm, SpatialLinearAttention, attend, attend_linearly
 from video_diffusion.networks.unet_blocks import Block
 from video_diffusion.vae.causal_blocks import Norm
 from video_diffusion.vae.context_parallel import Piece
@@ -34,10 +34,11 @@ def exact_products():
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The kernels take tensors of this device as they would those of a GPU. Their names, as they are launched."""
-    launched, fits, launch = [], fused.fits, fused.launch
+    launched, launch = [], fused.launch
     monkeypatch.setattr(fused, 'on_gpu', lambda x: True)
     monkeypatch.setattr(fused, 'launch', lambda name, *args, **kwargs: (launched.append(name), launch(name, *args, **kwargs)))
-    assert fits(torch.zeros(1))
+    assert fused.fits(random(1))
+    launched.clear()                                                                # the trial
     return launched
 
 
@@ -209,6 +210,19 @@ def test_what_does_not_fit_is_left_to_torch(as_on_a_gpu):
     x = torch.zeros(1)
     assert fused.fits(x) and fused.fits(x, 16, 64)
     assert not fused.fits(x.double()) and not fused.fits(x, 24) and not fused.fits(x, 32, 65)
+
+
+def test_where_triton_builds_no_kernels_torch_does_it(as_on_a_gpu, monkeypatch):
+    """Without a C compiler it raises at the first launch."""
+    def launch(*args, **kwargs):
+        raise RuntimeError('Failed to find C compiler')
+    monkeypatch.setattr(fused, 'launch', launch)
+    fused.builds.cache_clear()
+    with pytest.warns(UserWarning, match='slower lines of torch are used: Failed to find C compiler'):
+        assert not fused.fits(torch.zeros(1))
+    x = random(2, 3, 16)
+    assert off(ChannelNorm(16).to(DEVICE)(x), F.layer_norm(x, (16,))) < 1e-6
+    fused.builds.cache_clear()
 
 
 def test_nothing_is_fused_without_a_gpu():

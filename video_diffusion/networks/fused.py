@@ -12,7 +12,9 @@ launches are operations of their own, of which it knows the shapes that they ret
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from . import recompute
 
 TRITON = importlib.util.find_spec('triton') is not None
+DTYPES = torch.float32, torch.bfloat16, torch.float16
 MOST_FRAMES = 64                     # that fit a tile
 ROWS = 128                           # of linear attention in a tile
 NUMBERS = 4096                       # of a norm in a tile
@@ -30,8 +33,20 @@ library = torch.library.Library('video_diffusion', 'DEF')
 
 def fits(x: Tensor, dim_head: int = 32, frames: int = 1) -> bool:
     """Whether the kernels take it."""
-    half_or_single = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return TRITON and on_gpu(x) and half_or_single and frames <= MOST_FRAMES and dim_head in (16, 32, 64, 128)
+    sizes = x.dtype in DTYPES and frames <= MOST_FRAMES and dim_head in (16, 32, 64, 128)
+    return TRITON and on_gpu(x) and sizes and (torch.compiler.is_compiling() or builds(x.device))
+
+
+@cache
+def builds(device: torch.device) -> bool:
+    """Whether Triton finds what it needs to build a kernel, a C compiler for one."""
+    x = torch.ones(1, 16, device=device)
+    try:
+        channel_norm_forward(x, x[0])
+    except Exception as error:
+        warnings.warn(f'Triton builds no kernels here, so slower lines of torch are used: {error}', stacklevel=2)
+        return False
+    return True
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -151,7 +166,7 @@ def linearly_forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
            fake=lambda grad, qkv, context, norm, heads: qkv.new_empty(qkv.shape))
 def linearly_backward(grad: Tensor, qkv: Tensor, context: Tensor, norm: Tensor, heads: int) -> Tensor:
     grad, qkv, (numbers, constants) = grad.contiguous(), qkv.contiguous(), linear_sizes(qkv, heads)
-    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_qkv = torch.empty_like(qkv)
     launch('linear_backward', qkv, (heads, len(qkv)), qkv, context, norm, grad, grad_qkv, *numbers, **constants)
     return grad_qkv
 
@@ -316,23 +331,18 @@ def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return middle.squeeze(-1), (spread + number * (mean - middle).square()).sum(-1)
 
 
-@operation('conditioned_silu(Tensor x, Tensor scale, Tensor shift, Tensor? gain, Tensor? offset, Tensor? latent) -> Tensor',
+@operation('conditioned_silu(Tensor x, Tensor scale, Tensor shift, Tensor? gain=None, Tensor? offset=None, Tensor? latent=None)'
+           ' -> Tensor',
            fake=lambda x, *_: x.new_empty(x.shape))
-def conditioned_silu_forward(x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None, offset: Tensor | None,
-                             latent: Tensor | None) -> Tensor:
+def conditioned_silu(x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None = None, offset: Tensor | None = None,
+                     latent: Tensor | None = None) -> Tensor:
+    """silu((x scale + shift) gain + offset): scale and shift (b c f|1 1 1) in float32; gain and offset (b c fz hz wz), stretched to
+    the frames, of which each has its `latent` (f), and to height and width."""
     b, c, f, h, w = x.shape
-    scale, shift = scale.contiguous(), shift.contiguous()
-    z = (1, 1, 1)
+    scale, shift, z = scale.contiguous(), shift.contiguous(), (1, 1, 1)
     if gain is not None:
         gain, offset, z = gain.contiguous(), offset.contiguous(), gain.shape[2:]
     y = x.new_empty(x.shape)
     launch('conditioned_silu', x, (b * c * f, -(-h * w // NUMBERS)), x, y, scale, shift, gain, offset, latent, h * w, w, f, c,
            *x.stride()[:3], scale.shape[2] > 1, *z, h // z[1], w // z[2], R=NUMBERS, CONDITIONED=gain is not None)
     return y
-
-
-def conditioned_silu(x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None = None, offset: Tensor | None = None,
-                     latent: Tensor | None = None) -> Tensor:
-    """silu((x scale + shift) gain + offset): scale and shift (b c f|1 1 1) in float32; gain and offset (b c fz hz wz), stretched to
-    the frames, of which each has its `latent` (f), and to height and width."""
-    return conditioned_silu_forward(x, scale, shift, gain, offset, latent)
