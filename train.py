@@ -73,7 +73,7 @@ def main() -> None:
                         captions=args.stage == D and not args.unconditional)
     torch.manual_seed(args.seed)                                   # of the first weights; all else has generators of its own
     make = diffusion_trainer if args.model is None else fine_tuner
-    trainer = vae_trainer(args, folder, processes) if args.stage == V else make(args, given, folder, processes)
+    trainer = vae_trainer(args, given, folder, processes) if args.stage == V else make(args, given, folder, processes)
     if args.resume:
         trainer.load(-1)
     if args.stage == V:
@@ -126,7 +126,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     multiple = args.patch * (1 if dit else 2 ** (len(args.dim_mults) - 1))            # the U-Net halves frames so often
     multiple *= vae.space_compression if vae else 1
     frames, height, width = clip_size(args, folder, multiple)
-    if vae and args.num_frames is None:
+    if vae and 'num_frames' not in given:
         frames = fitting_frames(frames, vae.time_compression)
     if dit and not vae and args.num_frames is None:
         frames = max(1, frames // args.frame_patch) * args.frame_patch
@@ -227,7 +227,7 @@ def vae_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
-def vae_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:
+def vae_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:
     if args.init:
         source = causal_vae_from_sat(args.init) if Path(args.init).suffix == '.pt' else causal_vae_from_diffusers(args.init)
         vae = CausalVAE(**source.config)
@@ -239,7 +239,7 @@ def vae_trainer(args: argparse.Namespace, folder: ClipFolder, processes: distrib
                CausalVAE(*widths, blocks_per_level=1, time_compression=args.time_compression, norm_groups=groups,
                          norm_scope='frame'))
     frames, height, width = clip_size(args, folder, multiple=vae.space_compression)
-    if args.num_frames is None:
+    if 'num_frames' not in given:
         frames = fitting_frames(frames, vae.time_compression)
     say_what_is_trained((frames, height, width), vae, processes)
     return VAETrainer(
