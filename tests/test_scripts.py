@@ -384,6 +384,15 @@ def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
     assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
 
 
+def test_of_the_toy_worlds_eight_frames_a_vae_that_compresses_time_takes_seven(run, clips):
+    """And so does a diffusion in its latents: without a first one kept apart, the first two would come out alike."""
+    code, out, _ = run('train.py', *SMALL_VAE, '--toy-clips', 12, '--time-compression', 2)
+    assert code == 0 and out.startswith('drawing 12 clips into data/shapes-32\n7 frames of 32x32'), out
+    code, out, _ = run('train.py', *SMALL, '--toy-clips', 12, '--vae', 'results_vae')
+    assert code == 0 and '\n7 frames of 32x32' in '\n' + out, out
+    assert gif_to_tensor(next(Path('data/shapes-32').glob('*.gif'))).shape[1] == 8
+
+
 @pytest.mark.slow
 def test_the_other_vae_trains_reconstructs_and_carries_a_diffusion(run, clips):
     code, out, _ = run('train.py', '--vae-kind', 'temporal', *SMALL_VAE, '--toy-clips', 12, '--num-frames', 4)
