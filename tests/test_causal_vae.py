@@ -47,7 +47,7 @@ def test_frames_become_latents_and_come_back(compression, frames, latents):
 
 @pytest.mark.parametrize('compression, dim_mults', [(2, (1, 1)), (4, (1, 1, 1))])
 def test_without_a_first_frame_kept_apart_the_first_ones_come_out_alike(compression, dim_mults):
-    """What is before them is a copy of them in every layer. So train.py takes 1 + a multiple."""
+    """What is before them is a copy of them in every layer. So train.py takes 1 + a multiple, if not told how many."""
     vae = small_vae(time_compression=compression, dim_mults=dim_mults)
     with torch.no_grad():
         z = torch.randn(1, 2, 3, 4, 4)
@@ -56,8 +56,9 @@ def test_without_a_first_frame_kept_apart_the_first_ones_come_out_alike(compress
         assert torch.equal(alike[:, :, frame], alike[:, :, 0])
         assert not torch.equal(apart[:, :, frame], apart[:, :, 0])
     assert not torch.equal(alike[:, :, compression], alike[:, :, 0])
-    assert [fitting_frames(n, compression) % compression for n in range(1, 20)] == [1] * 19
+    assert [fitting_frames(n, compression) % compression for n in range(compression + 1, 20)] == [1] * (19 - compression)
     assert all(0 <= n - fitting_frames(n, compression) < compression for n in range(1, 20))
+    assert fitting_frames(compression, compression) == compression and fitting_frames(1, compression) == 1
     assert fitting_frames(8, 1) == 8
 
 

@@ -14,6 +14,7 @@ from video_diffusion import Unet3D
 from video_diffusion.networks import fused
 from video_diffusion.networks.attention import ChannelNorm, SpatialLinearAttention, attend, attend_linearly
 from video_diffusion.networks.unet_blocks import Block
+from video_diffusion.vae import planes
 from video_diffusion.vae.causal_blocks import Norm
 from video_diffusion.vae.context_parallel import Piece
 
@@ -37,8 +38,8 @@ def as_on_a_gpu(monkeypatch):
     launched, launch = [], fused.launch
     monkeypatch.setattr(fused, 'on_gpu', lambda x: True)
     monkeypatch.setattr(fused, 'launch', lambda name, *args, **kwargs: (launched.append(name), launch(name, *args, **kwargs)))
-    assert fused.fits(random(1))
-    launched.clear()                                                                # the trial
+    assert fused.fits(random(1)) and fused.fits(random(1), 16) and fused.fits(random(1), 16, 2)
+    launched.clear()                                                                # these trials
     return launched
 
 
@@ -185,7 +186,7 @@ def test_the_u_net(time, again, as_on_a_gpu, monkeypatch):
 @pytest.mark.parametrize('latent_channels', [None, 2])
 def test_the_norms_of_the_vae(scope, latent_channels, as_on_a_gpu, monkeypatch):
     """Some frames at a time, several tiles of a frame, a latent that is smaller, and a clip that begins with a frame of its own."""
-    monkeypatch.setattr(fused, 'NUMBERS', 16)
+    monkeypatch.setattr(planes, 'NUMBERS', 16)
     norm = Norm(2, 4, scope, latent_channels).to(DEVICE)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
@@ -208,7 +209,7 @@ def test_the_norms_of_the_vae(scope, latent_channels, as_on_a_gpu, monkeypatch):
 
 def test_what_does_not_fit_is_left_to_torch(as_on_a_gpu):
     x = torch.zeros(1)
-    assert fused.fits(x) and fused.fits(x, 16, 64)
+    assert fused.fits(x) and fused.fits(x, 16) and fused.fits(x, 16, 2)
     assert not fused.fits(x.double()) and not fused.fits(x, 24) and not fused.fits(x, 32, 65)
 
 
@@ -217,12 +218,12 @@ def test_where_triton_builds_no_kernels_torch_does_it(as_on_a_gpu, monkeypatch):
     def launch(*args, **kwargs):
         raise RuntimeError('Failed to find C compiler')
     monkeypatch.setattr(fused, 'launch', launch)
-    fused.builds.cache_clear()
+    fused.stages.cache_clear()
     with pytest.warns(UserWarning, match='slower lines of torch are used: Failed to find C compiler'):
         assert not fused.fits(torch.zeros(1))
     x = random(2, 3, 16)
     assert off(ChannelNorm(16).to(DEVICE)(x), F.layer_norm(x, (16,))) < 1e-6
-    fused.builds.cache_clear()
+    fused.stages.cache_clear()
 
 
 def test_nothing_is_fused_without_a_gpu():

@@ -52,6 +52,7 @@ def test_the_estimate_for_a_gpu(monkeypatch):
     when there were no kernels yet. With them it is less, which is not yet measured."""
     with torch.device('meta'):
         diffusion = GaussianDiffusion(Unet3D(64), image_size=64, num_frames=10)
+    pytest.importorskip('triton')
     fewer = estimate(diffusion, device=torch.device('cuda'))
     monkeypatch.setattr(fused, 'TRITON', False)
     need = estimate(diffusion, device=torch.device('cuda'))

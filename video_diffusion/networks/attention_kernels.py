@@ -141,15 +141,14 @@ def linear_backward(qkv, context, norm, grad, grad_qkv, n, heads, scale, R: tl.c
         slope += tl.dot(tl.trans(q.to(g.dtype)), g, input_precision=PRECISION)
         slope_q = tl.dot(g, tl.trans((summary * scale).to(g.dtype)), input_precision=PRECISION)
         tl.store(grad_qkv + at, q * (slope_q - tl.sum(q * slope_q, 1)[:, None]), mask=real)
-    slope = slope * scale
-    mean = tl.sum(summary * slope, 1)
+    slope = (slope * scale).to(qkv.dtype.element_ty)
+    mean = tl.sum(summary * slope.to(tl.float32), 1)               # of what is multiplied below, not more exact
     log_total = tl.load(norm + (b * heads + head) * D + tl.arange(0, D))
     for start in range(0, n, R):
         row = start + tl.arange(0, R)
         at, real = (b * n + row)[:, None] * 3 * width + feature[None, :], (row < n)[:, None]
         k = tl.exp(tl.load(qkv + width + at, mask=real, other=0.).to(tl.float32) - log_total[None, :])
         v = tl.load(qkv + 2 * width + at, mask=real, other=0.)
-        slope_v, slope_k = slope.to(v.dtype), tl.trans(slope.to(v.dtype))
-        tl.store(grad_qkv + 2 * width + at, tl.dot(k.to(v.dtype), slope_v, input_precision=PRECISION), mask=real)
-        slope_k = tl.dot(v, slope_k, input_precision=PRECISION)
+        tl.store(grad_qkv + 2 * width + at, tl.dot(k.to(v.dtype), slope, input_precision=PRECISION), mask=real)
+        slope_k = tl.dot(v, tl.trans(slope), input_precision=PRECISION)
         tl.store(grad_qkv + width + at, k * (slope_k - mean[None, :]), mask=real)

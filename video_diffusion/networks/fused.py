@@ -4,11 +4,9 @@
     linearly(qkv, heads)                 b n 3*heads*d -> b n heads*d
     channel_norm(x, gain)                ... c -> ... c
     norm_film_silu(x, norm, ...)         b c f h w, channels-last -> b c f h w
-    frame_moments(x, groups)             b c f h w -> twice b groups f; without gradients
-    conditioned_silu(x, scale, ...)      b c f h w -> b c f h w; without gradients
 
-Each equals the lines of torch that stand where it is called, which run where there is no GPU or no Triton. To torch.compile the
-launches are operations of their own, of which it knows the shapes that they return.
+Each equals the lines of torch that stand where it is called, which run where there is no GPU, no Triton, or what does not fit.
+To torch.compile the launches are operations of their own, of which it knows the shapes that they return.
 """
 
 import importlib.util
@@ -31,22 +29,43 @@ NUMBERS = 4096                       # of a norm in a tile
 library = torch.library.Library('video_diffusion', 'DEF')
 
 
-def fits(x: Tensor, dim_head: int = 32, frames: int = 1) -> bool:
-    """Whether the kernels take it."""
-    sizes = x.dtype in DTYPES and frames <= MOST_FRAMES and dim_head in (16, 32, 64, 128)
-    return TRITON and on_gpu(x) and sizes and (torch.compiler.is_compiling() or builds(x.device))
+def fits(x: Tensor, dim_head: int | None = None, frames: int | None = None) -> bool:
+    """Whether the kernels take it: those of norms; with `dim_head` of linear attention, with `frames` too of that along time."""
+    if not (TRITON and on_gpu(x) and x.dtype in DTYPES):
+        return False
+    if dim_head not in (None, 16, 32, 64, 128) or (frames or 0) > MOST_FRAMES:
+        return False
+    real = torch.device('cuda') if x.device.type == 'meta' and torch.cuda.is_available() else x.device
+    return torch.compiler.is_compiling() or stages(real, x.dtype, dim_head, frames) > 0
 
 
 @cache
-def builds(device: torch.device) -> bool:
-    """Whether Triton finds what it needs to build a kernel, a C compiler for one."""
-    x = torch.ones(1, 16, device=device)
-    try:
-        channel_norm_forward(x, x[0])
-    except Exception as error:
-        warnings.warn(f'Triton builds no kernels here, so slower lines of torch are used: {error}', stacklevel=2)
-        return False
-    return True
+def stages(device: torch.device, dtype: torch.dtype, dim_head: int | None, frames: int | None) -> int:
+    """How many tiles a kernel holds at a time, three if they fit this GPU, else one; 0 where it cannot be built."""
+    for number in (3, 1):
+        try:
+            trial(torch.ones(1, frames or 16, 16, 3 * (dim_head or 16), device=device, dtype=dtype), dim_head, frames, number)
+            return number
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                          # no C compiler, or a tile that is too large
+            reason = error
+    warnings.warn(f'Triton builds no kernels here, so slower lines of torch are used: {reason}', stacklevel=3)
+    return 0
+
+
+def trial(x: Tensor, dim_head: int | None, frames: int | None, number: int) -> None:
+    """One launch of each: x (1 f 16 3*d)."""
+    if dim_head is None:
+        channel_norm_forward(x, x[0, 0, 0])
+    elif frames is None:
+        sums = linearly_forward(x[0], 1)
+        linearly_backward(sums[0], x[0], *sums[1:], 1)
+    else:
+        qk, v = x[..., :2 * dim_head].contiguous(), x[..., 2 * dim_head:].contiguous()
+        bias = torch.ones(1, frames, frames, device=x.device)
+        along_time_forward(qk, v, bias, 1, number)
+        along_time_backward(v, qk, v, bias, 1, number)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -73,7 +92,12 @@ def launch(name: str, x: Tensor, grid: tuple[int, ...], *args, **constants) -> N
 
 
 def precision(x: Tensor) -> str:
-    return 'ieee' if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+    """Of products of float32."""
+    try:
+        exact = torch.get_float32_matmul_precision() == 'highest'
+    except RuntimeError:                                    # it was set by torch's new names
+        exact = torch.backends.cuda.matmul.fp32_precision != 'tf32'
+    return 'ieee' if exact or x.dtype != torch.float32 or torch.version.hip else 'tf32'
 
 
 def power_of_two(n: int) -> int:
@@ -81,8 +105,9 @@ def power_of_two(n: int) -> int:
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """With its last axis in one piece."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """With its last axis in one piece, and without gaps."""
+    dense = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride())) == x.numel()
+    return x if x.stride(-1) == 1 and dense else x.contiguous()
 
 
 def floats(x: Tensor, *shape: int) -> Tensor:
@@ -91,33 +116,35 @@ def floats(x: Tensor, *shape: int) -> Tensor:
 
 # ---- attention along time
 
-def time_sizes(qk: Tensor, v: Tensor, bias: Tensor, heads: int) -> tuple[int, tuple, dict]:
+def time_sizes(qk: Tensor, v: Tensor, bias: Tensor, heads: int, number: int) -> tuple[int, tuple, dict]:
     """Programs for each clip and head; what both kernels are told as numbers; and what is known when they are compiled."""
     b, f, n, width = v.shape
     frames, strides = max(16, power_of_two(f)), (*qk.stride()[:3], *v.stride()[:3], f * n * width, n * width, width)
     pixels = max(1, 128 // frames)
     numbers = n, f, heads, (width // heads) ** -0.5, bias.stride(0) if bias.ndim == 5 else 0, *strides
     programs = min(-(-n // pixels), max(1, 8192 // (b * heads)))
-    return programs, numbers, dict(P=pixels, F=frames, D=width // heads, PRECISION=precision(v))
+    number = number or stages(v.device, v.dtype, width // heads, f)
+    return programs, numbers, dict(P=pixels, F=frames, D=width // heads, PRECISION=precision(v), num_stages=number)
 
 
-@operation('along_time(Tensor qk, Tensor v, Tensor bias, int heads) -> Tensor',
-           fake=lambda qk, v, bias, heads: v.new_empty(v.shape))
-def along_time_forward(qk: Tensor, v: Tensor, bias: Tensor, heads: int) -> Tensor:
+@operation('along_time(Tensor qk, Tensor v, Tensor bias, int heads, int number=0) -> Tensor',
+           fake=lambda qk, v, bias, heads, number=0: v.new_empty(v.shape))
+def along_time_forward(qk: Tensor, v: Tensor, bias: Tensor, heads: int, number: int = 0) -> Tensor:
     qk, v, bias = in_rows(qk), in_rows(v), bias.contiguous()
     out = v.new_empty(v.shape)
-    programs, numbers, constants = time_sizes(qk, v, bias, heads)
+    programs, numbers, constants = time_sizes(qk, v, bias, heads, number)
     launch('time_forward', v, (heads, programs, len(v)), qk, v, bias, out, *numbers, **constants)
     return out
 
 
-@operation('along_time_backward(Tensor grad, Tensor qk, Tensor v, Tensor bias, int heads) -> (Tensor, Tensor, Tensor)',
-           fake=lambda grad, qk, v, bias, heads: (
+@operation('along_time_backward(Tensor grad, Tensor qk, Tensor v, Tensor bias, int heads, int number=0)'
+           ' -> (Tensor, Tensor, Tensor)',
+           fake=lambda grad, qk, v, bias, heads, number=0: (
                torch.empty_like(in_rows(qk)), torch.empty_like(in_rows(v)), bias.new_empty(bias.shape)))
-def along_time_backward(grad: Tensor, qk: Tensor, v: Tensor, bias: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def along_time_backward(grad: Tensor, qk: Tensor, v: Tensor, bias: Tensor, heads: int, number: int = 0) -> tuple[Tensor, ...]:
     grad, qk, v, bias = grad.contiguous(), in_rows(qk), in_rows(v), bias.contiguous()
     grad_qk, grad_v = torch.empty_like(qk), torch.empty_like(v)                 # each in the layout of its own
-    programs, numbers, constants = time_sizes(qk, v, bias, heads)
+    programs, numbers, constants = time_sizes(qk, v, bias, heads, number)
     b, f, frames = len(v), v.shape[1], constants['F']
     learnt = floats(v, programs, b, heads, frames, frames)
     launch('time_backward', v, (heads, programs, b), qk, v, bias, grad, grad_qk, grad_v, learnt, *numbers, **constants)
@@ -307,42 +334,3 @@ def norm_film_silu(x: Tensor, beta: Tensor, norm: nn.GroupNorm, film: Tensor | N
     """silu of FiLM of norm(x + beta); beta (c); film: scale and shift, (b 1 2c) or (b f 2c)."""
     film = film.contiguous() if film is not None else None
     return NormFilmSilu.apply(x, beta, norm.weight, norm.bias, film, norm.num_groups, norm.eps)
-
-
-# ---- the VAE's group norm, without gradients
-
-def fits_planes(x: Tensor) -> bool:
-    """Whether the next two take it."""
-    return fits(x) and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.stride()[-2:] == (x.shape[-1], 1)
-
-
-@operation('frame_moments(Tensor x, int groups) -> (Tensor, Tensor)',
-           fake=lambda x, groups: (floats(x, len(x), groups, x.shape[2]), floats(x, len(x), groups, x.shape[2])))
-def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations of every frame's groups of channels, (b groups f) each."""
-    b, c, f, h, w = x.shape
-    tiles = -(-h * w // NUMBERS)
-    share = -(-tiles // max(1, 4096 // (b * groups * f))) * NUMBERS
-    splits = -(-h * w // share)
-    mean, spread, number = (floats(x, b, groups, f, splits) for _ in range(3))
-    launch('frame_moments', x, (b * groups * f, splits), x, mean, spread, number, h * w, f, groups, c // groups, *x.stride()[:3],
-           share, R=NUMBERS)
-    middle = (mean * number).sum(-1, keepdim=True) / number.sum(-1, keepdim=True)
-    return middle.squeeze(-1), (spread + number * (mean - middle).square()).sum(-1)
-
-
-@operation('conditioned_silu(Tensor x, Tensor scale, Tensor shift, Tensor? gain=None, Tensor? offset=None, Tensor? latent=None)'
-           ' -> Tensor',
-           fake=lambda x, *_: x.new_empty(x.shape))
-def conditioned_silu(x: Tensor, scale: Tensor, shift: Tensor, gain: Tensor | None = None, offset: Tensor | None = None,
-                     latent: Tensor | None = None) -> Tensor:
-    """silu((x scale + shift) gain + offset): scale and shift (b c f|1 1 1) in float32; gain and offset (b c fz hz wz), stretched to
-    the frames, of which each has its `latent` (f), and to height and width."""
-    b, c, f, h, w = x.shape
-    scale, shift, z = scale.contiguous(), shift.contiguous(), (1, 1, 1)
-    if gain is not None:
-        gain, offset, z = gain.contiguous(), offset.contiguous(), gain.shape[2:]
-    y = x.new_empty(x.shape)
-    launch('conditioned_silu', x, (b * c * f, -(-h * w // NUMBERS)), x, y, scale, shift, gain, offset, latent, h * w, w, f, c,
-           *x.stride()[:3], scale.shape[2] > 1, *z, h // z[1], w // z[2], R=NUMBERS, CONDITIONED=gain is not None)
-    return y

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..networks import fused
+from . import planes
 from .context_parallel import CausalConv3d, GroupNorm, Piece, at_once, empty_clip, steps
 
 
@@ -42,9 +42,9 @@ class Norm(GroupNorm):
         def frames(start: int, stop: int) -> Tensor:
             part = x[:, :, start:stop]                                                  # b c f h w
             a, b = (t[:, :, start:stop] if t.shape[2] > 1 else t for t in (scale, shift))
-            if fused.fits_planes(x):
+            if planes.fits_planes(x):
                 latents = (gain, offset, latent_of[start:stop]) if self.conditioned else ()
-                return fused.conditioned_silu(part, a, b, *latents)
+                return planes.conditioned_silu(part, a, b, *latents)
             if not self.conditioned:
                 return silu(torch.addcmul(b, part, a).to(x.dtype))
             # Stretched in time and width only; over the rows of one latent row it is broadcast.

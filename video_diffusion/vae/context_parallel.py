@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..networks import fused
 from ..networks.recompute import on_cpu
+from . import planes
 from .frame_shares import (
     AllGather,
     Shares,
@@ -177,8 +177,8 @@ class GroupNorm(nn.GroupNorm):
     def scale_and_shift(self, x: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         """In float32 or better, (b c 1 1 1) or with scope 'frame' (b c f 1 1)."""
         moments = frame_moments if torch.compiler.is_compiling() else FrameMoments.apply
-        if fused.fits_planes(x):
-            moments = fused.frame_moments
+        if planes.fits_planes(x):
+            moments = planes.frame_moments
         mean, deviation = moments(x, self.num_groups)                     # b g f
         numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
         if self.scope == 'clip':

@@ -78,7 +78,8 @@ def latent_shape(vae: nn.Module, num_frames: int, image_size: int | tuple[int, i
 
 def fitting_frames(frames: int, compression: int) -> int:
     """The most of them that are 1 + 4k. Of 4k a decoder makes the first four alike: it sees nothing before them."""
-    return max(1, frames - (frames - 1) % compression)
+    kept = max(1, frames - (frames - 1) % compression)
+    return compression if kept == 1 and frames >= compression else kept            # and not a single one, which would stand still
 
 
 def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1, debug=False) -> Tensor:
