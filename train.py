@@ -98,7 +98,7 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
     return draw_toy_world(folder, args.toy_clips, args.image_size, frames, processes)
 
 
-def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tuple[int, int, int]:
+def clip_size(args: argparse.Namespace, given: dict, folder: ClipFolder, multiple: int, vae=None) -> tuple[int, int, int]:
     """Frames, height and width to train on: as the flags say, or like the clips; sides are multiples."""
     frames, height, width = like_the_clips(folder, args.fps, args.max_frames, args.max_size, multiple)
     if isinstance(args.image_size, int):
@@ -108,7 +108,10 @@ def clip_size(args: argparse.Namespace, folder: ClipFolder, multiple: int) -> tu
     if height % multiple or width % multiple or min(height, width) < 1:
         raise ValueError(f'--image-size {height} {width}: this model takes sides that are multiples of {multiple} '
                          f'({multiple}, {2 * multiple}, {3 * multiple}, ...)')
-    return frames if args.num_frames is None else args.num_frames, height, width
+    frames = frames if args.num_frames is None else args.num_frames
+    if vae and 'num_frames' not in given:
+        frames = fitting_frames(frames, vae.time_compression)
+    return frames, height, width
 
 
 def say_what_is_trained(size: tuple[int, int, int], model, processes: distributed.Processes) -> None:
@@ -125,9 +128,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     dit = args.network == 'dit'
     multiple = args.patch * (1 if dit else 2 ** (len(args.dim_mults) - 1))            # the U-Net halves frames so often
     multiple *= vae.space_compression if vae else 1
-    frames, height, width = clip_size(args, folder, multiple)
-    if vae and 'num_frames' not in given:
-        frames = fitting_frames(frames, vae.time_compression)
+    frames, height, width = clip_size(args, given, folder, multiple, vae)
     if dit and not vae and args.num_frames is None:
         frames = max(1, frames // args.frame_patch) * args.frame_patch
     channels, *size = latent_shape(vae, frames, (height, width)) if vae else (args.channels, frames, height, width)
@@ -238,9 +239,7 @@ def vae_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, proce
         vae = (TemporalVAE(*widths, blocks_per_level=1, norm_groups=groups) if args.vae_kind == 'temporal' else
                CausalVAE(*widths, blocks_per_level=1, time_compression=args.time_compression, norm_groups=groups,
                          norm_scope='frame'))
-    frames, height, width = clip_size(args, folder, multiple=vae.space_compression)
-    if 'num_frames' not in given:
-        frames = fitting_frames(frames, vae.time_compression)
+    frames, height, width = clip_size(args, given, folder, vae.space_compression, vae)
     say_what_is_trained((frames, height, width), vae, processes)
     return VAETrainer(
         vae, folder, image_size=(height, width), num_frames=frames, loss=args.loss, kl_weight=args.kl_weight,

@@ -80,6 +80,15 @@ def test_attention_along_time(b, f, n, heads, d, of_each_clip):
                  random(b, f, n, 2 * heads * d), random(b, f, n, heads * d), bias)
 
 
+@pytest.mark.parametrize('of_each_clip', [False, True])
+def test_programs_that_take_several_tiles(of_each_clip, monkeypatch):
+    """What the bias learns is summed over them."""
+    monkeypatch.setattr(fused, 'PROGRAMS', 2)
+    bias = random(2, 1, 1, 3, 3) if of_each_clip else random(1, 3, 3)
+    assert_alike(lambda *x: fused.along_time(*x, 1), lambda *x: along_time_plainly(*x, 1),
+                 random(2, 3, 20, 32), random(2, 3, 20, 16), bias)
+
+
 def test_frames_that_see_only_themselves():
     """The bias of clips that focus on the present is minus infinity elsewhere."""
     bias = random(1, 1, 1, 4, 4).masked_fill(~torch.eye(4, dtype=torch.bool, device=DEVICE), -float('inf'))
@@ -203,6 +212,7 @@ def test_the_norms_of_the_vae(scope, latent_channels, as_on_a_gpu, monkeypatch):
         monkeypatch.setattr(fused, 'on_gpu', lambda x: True)
         x = x.contiguous(memory_format=torch.channels_last_3d)                      # no planes: left to torch
         assert off(fast, parts()) < 1e-6 and len(as_on_a_gpu) == 3
+    x = x.contiguous()
     parts()                                                                         # with gradients, too
     assert len(as_on_a_gpu) == 3
 

@@ -274,7 +274,6 @@ class SpatialLinearAttention(SpatialAttention):
         self.dim_head = dim_head
 
     def look_around(self, x: Tensor) -> Tensor:
-        rows = self.norm(x)
-        if fused.fits(rows, self.dim_head):
-            return x + self.to_out(fused.linearly(self.to_qkv(rows), self.heads))
-        return x + self_attention(rows, self.to_qkv, self.to_out, self.heads, self.core)
+        if fused.fits(x, self.dim_head):
+            return x + self.to_out(fused.linearly(self.to_qkv(self.norm(x)), self.heads))
+        return super().look_around(x)

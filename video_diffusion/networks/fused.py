@@ -24,6 +24,7 @@ TRITON = importlib.util.find_spec('triton') is not None
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 MOST_FRAMES = 64                     # that fit a tile
 ROWS = 128                           # of linear attention in a tile
+PROGRAMS = 8192                      # of attention along time: each takes every so many-th tile
 NUMBERS = 4096                       # of a norm in a tile
 
 library = torch.library.Library('video_diffusion', 'DEF')
@@ -122,7 +123,7 @@ def time_sizes(qk: Tensor, v: Tensor, bias: Tensor, heads: int, number: int) -> 
     frames, strides = max(16, power_of_two(f)), (*qk.stride()[:3], *v.stride()[:3], f * n * width, n * width, width)
     pixels = max(1, 128 // frames)
     numbers = n, f, heads, (width // heads) ** -0.5, bias.stride(0) if bias.ndim == 5 else 0, *strides
-    programs = min(-(-n // pixels), max(1, 8192 // (b * heads)))
+    programs = min(-(-n // pixels), max(1, PROGRAMS // (b * heads)))
     number = number or stages(v.device, v.dtype, width // heads, f)
     return programs, numbers, dict(P=pixels, F=frames, D=width // heads, PRECISION=precision(v), num_stages=number)
 

@@ -88,6 +88,14 @@ def of_film(film, at, c, there, WITH_FILM: tl.constexpr):
 
 
 @triton.jit
+def tiles_of(start, clip, channel, there, size, tiles, k, c, R: tl.constexpr, T: tl.constexpr):
+    """Where the sums of T tiles of a clip lie, which of them are real, and how many rows each tile has."""
+    tile = start + tl.arange(0, T)
+    at, real = (clip * k * tiles + tile)[:, None] * c + channel[None, :], (tile < k * tiles)[:, None] & there[None, :]
+    return at, real, tl.minimum(R, size - tile % tiles * R).to(tl.float32)[:, None]
+
+
+@triton.jit
 def settle(mean, spread, beta, weight, bias, film, a, b, channel_mean, stats, size, tiles, k, c, per_group, eps,
            R: tl.constexpr, T: tl.constexpr, G: tl.constexpr, WITH_FILM: tl.constexpr):
     """One program for each clip and group: its mean and deviation from those of the tiles (Chan et al. 1979), and a and b.
@@ -100,18 +108,13 @@ def settle(mean, spread, beta, weight, bias, film, a, b, channel_mean, stats, si
     extra = tl.load(beta + channel, mask=there, other=0.).to(tl.float32)
     sums = tl.zeros((G,), tl.float32)
     for start in range(0, k * tiles, T):
-        tile = start + tl.arange(0, T)
-        number = tl.minimum(R, size - tile % tiles * R).to(tl.float32)[:, None]
-        real = (tile < k * tiles)[:, None] & there[None, :]
-        sums += tl.sum(number * tl.load(mean + (clip * k * tiles + tile)[:, None] * c + channel[None, :], mask=real, other=0.), 0)
+        at, real, number = tiles_of(start, clip, channel, there, size, tiles, k, c, R, T)
+        sums += tl.sum(number * tl.load(mean + at, mask=real, other=0.), 0)
     own = tl.where(there, sums / (k * size) + extra, 0.)
     middle = tl.sum(own) / per_group
     around = tl.zeros((G,), tl.float32)
     for start in range(0, k * tiles, T):
-        tile = start + tl.arange(0, T)
-        number = tl.minimum(R, size - tile % tiles * R).to(tl.float32)[:, None]
-        real = (tile < k * tiles)[:, None] & there[None, :]
-        at = (clip * k * tiles + tile)[:, None] * c + channel[None, :]
+        at, real, number = tiles_of(start, clip, channel, there, size, tiles, k, c, R, T)
         off = tl.load(mean + at, mask=real, other=0.) + extra[None, :] - middle
         around += tl.sum(tl.where(real, tl.load(spread + at, mask=real, other=0.) + number * off * off, 0.), 0)
     rstd = tl.rsqrt(tl.sum(around) / per_group / (k * size) + eps)

@@ -189,10 +189,9 @@ def fill_in_defaults(args: argparse.Namespace, given: dict, on_gpu: bool) -> Non
     for name, value in QUICK.items() if args.quick else ():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.init and args.image_steps is None:
-        args.image_steps = 0                     # what these weights know about motion is to be kept
-    if args.init and args.muon_lr is None:
-        args.muon_lr = 0.                        # and Muon turns every matrix by as much, whatever it knows
+    for name in ('image_steps', 'muon_lr') if args.init else ():         # what these weights know is to be kept: motion is learnt,
+        if getattr(args, name) is None:                                  # and Muon turns every matrix by as much, whatever it knows
+            setattr(args, name, 0)
     if args.vae and args.network == 'unet' and args.patch is None:
         args.patch = 1
     if 'sample_steps' not in given:

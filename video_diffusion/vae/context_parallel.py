@@ -182,7 +182,7 @@ class GroupNorm(nn.GroupNorm):
         mean, deviation = moments(x, self.num_groups)                     # b g f
         numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
         if self.scope == 'clip':
-            mean, deviation = combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
+            mean, deviation = planes.combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
             counts = piece.shares.counts if piece.shares else [x.shape[2]]
             if piece.shares is not None:
                 mean, deviation = over_the_group(mean, deviation, numbers, piece.shares)
@@ -195,18 +195,12 @@ class GroupNorm(nn.GroupNorm):
         return scale[..., None, None], shift[..., None, None]
 
 
-def combine(mean: Tensor, deviation: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Means and sums of squared deviations of parts, (b g p), to the whole's, (b g 1) (Chan et al. 1979)."""
-    whole = (mean * (counts / counts.sum())).sum(-1, keepdim=True)
-    return whole, (deviation + counts * (mean - whole) ** 2).sum(-1, keepdim=True)
-
-
 def over_the_group(mean: Tensor, deviation: Tensor, numbers_per_frame: int, shares: Shares):
     """Statistics of this process's frames, (b g 1), to those of the whole clip."""
     own = torch.cat([mean, deviation], dim=-1)                                             # b g 2
     parts = AllGather.apply(own, shares.group, 'group norm statistics')                    # p b g 2
     mean, deviation = parts.permute(3, 1, 2, 0)                                            # b g p
-    return combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
+    return planes.combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
 
 
 def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

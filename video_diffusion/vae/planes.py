@@ -3,7 +3,9 @@
     frame_moments(x, groups)             b c f h w -> mean and sum of squared deviations, b groups f each
     conditioned_silu(x, scale, ...)      b c f h w -> b c f h w
 
-Half of a decoder's time went to these, in lines of torch that read and write the feature map once for each operation.
+    combine(mean, deviation, counts)     the statistics of parts to those of the whole, of frames and of processes too
+
+Half of a decoder's time went to the first two, in lines of torch that read and write the feature map once for each operation.
 """
 
 import torch
@@ -12,6 +14,12 @@ from torch import Tensor
 from ..networks import fused
 
 NUMBERS = fused.NUMBERS              # of a plane in a tile
+
+
+def combine(mean: Tensor, deviation: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Means and sums of squared deviations of parts, (... p), to the whole's, (... 1) (Chan et al. 1979)."""
+    whole = (mean * (counts / counts.sum())).sum(-1, keepdim=True)
+    return whole, (deviation + counts * (mean - whole) ** 2).sum(-1, keepdim=True)
 
 
 def fits_planes(x: Tensor) -> bool:
@@ -31,8 +39,8 @@ def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     mean, spread, number = (fused.floats(x, b, groups, f, splits) for _ in range(3))
     fused.launch('frame_moments', x, (b * groups * f, splits), x, mean, spread, number, h * w, f, groups, c // groups,
                  *x.stride()[:3], share, R=NUMBERS)
-    middle = (mean * number).sum(-1, keepdim=True) / number.sum(-1, keepdim=True)
-    return middle.squeeze(-1), (spread + number * (mean - middle).square()).sum(-1)
+    mean, spread = combine(mean, spread, number[0, 0, 0])                               # of every plane the shares are alike
+    return mean.squeeze(-1), spread.squeeze(-1)
 
 
 @fused.operation('conditioned_silu(Tensor x, Tensor scale, Tensor shift, Tensor? gain=None, Tensor? offset=None,'
