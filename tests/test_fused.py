@@ -172,6 +172,7 @@ def small_unet():
     return Unet3D(8, dim_mults=(1,), attn_heads=1, attn_dim_head=16, resnet_groups=2).to(DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('time, again', [((2,), False), ((2, 2), True)])
 def test_the_u_net(time, again, as_on_a_gpu, monkeypatch):
     """One time for a clip or one for each frame; everything kept, or computed again."""

@@ -113,23 +113,24 @@ def test_conversions_recover_what_was_mixed(objective):
 
 # Weights
 
-def test_min_snr_weighs_the_same_error_in_x0_alike_whatever_is_predicted():
+@pytest.mark.parametrize('power', [1., 0.5])
+def test_min_snr_weighs_the_same_error_in_x0_alike_whatever_is_predicted(power):
     """An error of the network becomes one of x0; its weighted square must not depend on what the network says."""
     alpha_bar = cosine_schedule(200)
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     x, output, error = torch.randn(3, 200, dtype=torch.float64)
-    expected = snr(alpha_bar).clamp(max=5.) * error ** 2
+    expected = snr(alpha_bar).clamp(max=5.) ** power * error ** 2
     for objective in OBJECTIVES:
         slope = to_x0(objective, output + 1, x, alpha, sigma) - to_x0(objective, output, x, alpha, sigma)
-        loss = min_snr_weight(objective, alpha_bar, 5.) * (error / slope) ** 2
+        loss = min_snr_weight(objective, alpha_bar, 5., power) * (error / slope) ** 2
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
 def test_min_snr_weights_are_finite_from_pure_noise_to_clean_video():
     ends = torch.tensor([0., 1.], dtype=torch.float64)
-    assert min_snr_weight('noise', ends, 5.).tolist() == [1., 0.]
-    assert min_snr_weight('v', ends, 5.).tolist() == [0., 0.]
-    assert min_snr_weight('x0', ends, 5.).tolist() == [0., 5.]
+    for objective, expected in {'noise': [1., 0.], 'v': [0., 0.], 'x0': [0., 5.]}.items():
+        assert min_snr_weight(objective, ends, 5.).tolist() == pytest.approx(expected, abs=1e-12)
+        assert min_snr_weight(objective, ends, 5., power=0.5).isfinite().all()
 
 
 @pytest.mark.parametrize('objective', OBJECTIVES)

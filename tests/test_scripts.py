@@ -384,6 +384,7 @@ def test_a_vae_from_nothing_to_a_reconstruction(run, clips):
     assert code == 0 and checkpoint.load(checkpoint.newest('results_vae'))['step'] == 3
 
 
+@pytest.mark.slow
 def test_of_the_toy_worlds_eight_frames_a_vae_that_compresses_time_takes_seven(run, clips):
     """And so does a diffusion in its latents: without a first one kept apart, the first two would come out alike."""
     code, out, _ = run('train.py', *SMALL_VAE, '--toy-clips', 12, '--time-compression', 2)

@@ -154,6 +154,7 @@ def save_what_is_broken_in_the_last_process(processes, clips, results):
         trainer.save(1)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_in_one_process_stops_all(run_on, clips, tmp_path):
     run_on(2, save_what_is_broken_in_the_last_process, clips, tmp_path)
     assert not list(tmp_path.glob('*.pt'))

@@ -50,13 +50,14 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         schedule: str = 'cosine',                 # 'cosine', 'linear' or 'scaled_linear': see noise_schedule.py
         zero_snr: bool = False,                   # stretch the schedule so that its last step is pure noise
         min_snr_gamma: float | None = None,       # weigh the steps by min(snr, gamma); 5 is usual, None weighs all alike
+        min_snr_power: float = 1.,                # that to this power: see objective.py
         offset_noise: float = 0.,                 # how much of the training noise is one value per clip and channel
         prob_cond_frames: float = 0.,             # share of clips trained with known frames; see known_frames.py
         latents: bool = False,                    # videos are latents: centred on 0 and unbounded, not in [0, 1]
         frame_noise: str = 'shared',              # 'independent': each frame has a noise of its own; see frame_levels.py
     ):
-        for name, value in dict(num_frames=num_frames, channels=channels).items():
-            whole(name, value, 1)
+        whole('num_frames', num_frames, 1)
+        whole('channels', channels, 1)
         for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():
             number(name, value, 0, 1)
         number('offset_noise', offset_noise, 0)
@@ -65,26 +66,26 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         if latents and use_dynamic_thres:
             raise ValueError('use_dynamic_thres=True clips pixels, but with latents=True there are none: leave it out')
         super().__init__()
-        self.denoise_fn = denoise_fn
-        self.text_encoder = text_encoder
+        self.denoise_fn, self.text_encoder = denoise_fn, text_encoder
         self.bert, self.bert_name = None, 'bert-base-cased'
         self.image_size = image_size if isinstance(image_size, int) else tuple(image_size)
         self.height, self.width = (image_size, image_size) if isinstance(image_size, int) else image_size
         whole('image_size', min(self.height, self.width), 1)
         self.num_frames, self.channels, self.num_timesteps = num_frames, channels, timesteps
         self.loss_type, self.objective, self.latents, self.frame_noise = loss_type, objective, latents, frame_noise
-        self.schedule, self.schedule_shift, self.zero_snr, self.min_snr_gamma = schedule, schedule_shift, zero_snr, min_snr_gamma
+        self.schedule, self.schedule_shift, self.zero_snr = schedule, schedule_shift, zero_snr
         self.use_dynamic_thres, self.dynamic_thres_percentile = use_dynamic_thres, dynamic_thres_percentile
         self.text_use_bert_cls, self.offset_noise, self.prob_cond_frames = text_use_bert_cls, offset_noise, prob_cond_frames
-
+        self.min_snr_gamma, self.min_snr_power = min_snr_gamma, min_snr_power
         # Samplers take their numbers from the float64 table; training, where every sample has its own t, from these two, each
         # rounded to float32 only once, so that sigma is right even where alpha is nearly 1.
         self.alpha_bar = build_schedule(schedule, timesteps, schedule_shift, zero_snr)  # stays on the CPU
-        check_objective(objective, loss_type, self.alpha_bar, min_snr_gamma=min_snr_gamma, latents=latents)
+        check_objective(objective, loss_type, self.alpha_bar, min_snr_gamma, min_snr_power, latents)
         self.register_buffer('alpha', self.alpha_bar.sqrt().float(), persistent=False)
         self.register_buffer('sigma', (1 - self.alpha_bar).sqrt().float(), persistent=False)
         if min_snr_gamma is not None:
-            self.register_buffer('loss_weight', min_snr_weight(objective, self.alpha_bar, min_snr_gamma).float(), persistent=False)
+            weight = min_snr_weight(objective, self.alpha_bar, min_snr_gamma, min_snr_power)
+            self.register_buffer('loss_weight', weight.float(), persistent=False)
 
     # Training
 
@@ -281,7 +282,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         """Everything needed to build this object again, in types that a checkpoint may hold."""
         own = ('image_size', 'num_frames', 'text_use_bert_cls', 'channels', 'num_timesteps', 'loss_type',
                'use_dynamic_thres', 'dynamic_thres_percentile', 'schedule_shift', 'objective', 'frame_noise',
-               'schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise', 'prob_cond_frames', 'latents')
+               'schedule', 'zero_snr', 'min_snr_gamma', 'min_snr_power', 'offset_noise', 'prob_cond_frames', 'latents')
         return {
             'diffusion': {name: getattr(self, name) for name in own},
             **network_config(self.denoise_fn),
