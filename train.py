@@ -138,12 +138,12 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
     network = new_network(args, channels, encoder, folder.captions if captioned else [], cond_frames=told > 0)
+    shift = schedule_shift(args, size, captioned)
     diffusion = GaussianDiffusion(
         network, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
-        timesteps=args.timesteps,
-        loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
-        schedule_shift=schedule_shift(args, size, captioned), zero_snr=args.zero_snr, min_snr_gamma=args.min_snr,
-        offset_noise=args.offset_noise, prob_cond_frames=told, frame_noise=args.frame_noise)
+        timesteps=args.timesteps, loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
+        schedule_shift=shift, zero_snr=args.zero_snr, offset_noise=args.offset_noise, prob_cond_frames=told,
+        frame_noise=args.frame_noise, **step_weights(args, shift))
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
@@ -158,6 +158,14 @@ def schedule_shift(args: argparse.Namespace, size: list[int], captioned: bool) -
     if args.schedule_shift is None:
         return max(1., size[1] * size[2] / 16 ** 2) if captioned and not args.vae else 1.
     return args.schedule_shift
+
+
+def step_weights(args: argparse.Namespace, shift: float) -> dict:
+    """See min_snr_weight in objective.py. A shifted schedule has the same steps at so many times less signal."""
+    gamma = args.min_snr
+    if gamma is None:
+        gamma = 1 / shift if args.objective == 'x0' and args.loss == 'l2' and args.frame_noise == 'shared' else 0
+    return dict(min_snr_gamma=gamma, min_snr_power=args.min_snr_power) if gamma else {}
 
 
 def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:

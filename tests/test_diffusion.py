@@ -195,7 +195,7 @@ def test_interpolation_ends_at_either_video_and_stays_in_range():
 
 def test_a_checkpoint_rebuilds_every_setting_and_an_older_one_those_of_its_time():
     settings = dict(objective='v', loss_type='l2', schedule='scaled_linear', zero_snr=True, schedule_shift=3., min_snr_gamma=5.,
-                    offset_noise=0.1)
+                    min_snr_power=0.5, offset_noise=0.1)
     diffusion = tiny(**settings)
     torch.testing.assert_close(diffusion.alpha_bar, build_schedule('scaled_linear', 20, 3., True), rtol=0, atol=0)
     again = GaussianDiffusion.from_config(diffusion.config())
@@ -203,7 +203,7 @@ def test_a_checkpoint_rebuilds_every_setting_and_an_older_one_those_of_its_time(
     assert torch.equal(again.alpha_bar, diffusion.alpha_bar) and torch.equal(again.loss_weight, diffusion.loss_weight)
 
     old = tiny().config()
-    for name in ('schedule', 'zero_snr', 'min_snr_gamma', 'offset_noise'):
+    for name in ('schedule', 'zero_snr', 'min_snr_gamma', 'min_snr_power', 'offset_noise'):
         del old['diffusion'][name]
     assert GaussianDiffusion.from_config(old).config() == tiny().config()
     assert tiny().has_config(old) and not tiny(offset_noise=0.1).has_config(old) and not diffusion.has_config(tiny().config())
@@ -235,6 +235,10 @@ def test_errors_say_what_was_given_and_what_was_expected():
         tiny(zero_snr=True)
     with pytest.raises(ValueError, match="min_snr_gamma=5.0 with loss_type='l1'.*loss_type='l2'"):
         tiny(min_snr_gamma=5.)
+    with pytest.raises(ValueError, match='min_snr_power=0.5 .*min_snr_gamma: give that'):
+        tiny(min_snr_power=0.5)
+    with pytest.raises(ValueError, match='min_snr_power=2.0'):
+        tiny(loss_type='l2', min_snr_gamma=5., min_snr_power=2.)
     with pytest.raises(ValueError, match="schedule='sigmoid'.*'cosine', 'linear', 'scaled_linear'"):
         tiny(schedule='sigmoid')
     with pytest.raises(ValueError, match='text_use_bert_cls'):

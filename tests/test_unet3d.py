@@ -150,3 +150,16 @@ def test_patches_are_channels(cond_frames):
         patched(x[..., :10], t)
     with pytest.raises(ValueError, match='patch=0'):
         Unet3D(8, patch=0)
+
+
+def test_frames_that_look_alike_are_told_apart_by_their_numbers_alone():
+    """Attention that sees how far apart frames are, and of like frames takes an average, says the same of each: which is the first?"""
+    torch.manual_seed(0)
+    small = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8, cond_dim=4)
+    still, t, cond = torch.randn(2, 3, 1, 8, 8).expand(-1, -1, 4, -1, -1), torch.tensor([5, 700]), torch.randn(2, 4)
+    alike, told = (Unet3D(**small, frame_numbers=numbers)(still, t, cond) for numbers in (False, True))
+    torch.testing.assert_close(alike, alike[:, :, :1].expand_as(alike))
+    assert (told[:, :, 1:] - told[:, :, :-1]).abs().amax(dim=(1, 3, 4)).min() > 1e-3
+    each = Unet3D(**small, frame_numbers=True)
+    torch.testing.assert_close(each(still, t, cond), each(still, t[:, None].expand(2, 4), cond))
+    assert Unet3D(**each.config).load_state_dict(each.state_dict())

@@ -94,6 +94,7 @@ class Unet3D(nn.Module):
         text_tokens: bool = False,           # cond is a caption's tokens (b n cond_dim), for every pixel to look at
         *,
         patch: int = 1,                      # side of the square of pixels that the network takes for one
+        frame_numbers: bool = False,         # tell each frame its number; else the network sees how far apart frames are, and no more
         checkpoint_activations: bool = False,  # compute every block again in the backward pass: less memory, more time
     ):
         super().__init__()
@@ -112,6 +113,7 @@ class Unet3D(nn.Module):
         time_dim = 4 * dim
         self.time_mlp = nn.Sequential(
             SinusoidalEmbedding(dim), nn.Linear(dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
+        self.number_mlp = nn.Sequential(SinusoidalEmbedding(dim), nn.Linear(dim, time_dim)) if frame_numbers else None
         self.null_cond = nn.Parameter(torch.randn(1, self.cond_dim)) if self.has_cond else None
 
         resnet = dict(groups=resnet_groups, emb_dim=time_dim + (self.cond_dim or 0))
@@ -201,7 +203,7 @@ class Unet3D(nn.Module):
         x = self.init_temporal_attention(x, self.time_bias(f), turn)
         first = x
 
-        emb, text = self.embed(time.view(b, -1), dtype), None  # (b 1 n) or (b f n)
+        emb, text = self.embed(time.view(b, -1), f, dtype), None                # (b 1 n) or (b f n)
         if self.has_cond:
             if null_cond_mask is None:
                 null_cond_mask = bernoulli(b, null_cond_prob, x.device)
@@ -231,13 +233,14 @@ class Unet3D(nn.Module):
         x = rearrange(self.final_conv(x), 'b (c p q) f h w -> b c f (h p) (w q)', p=p, q=q)
         return x.to(given) if dtype != torch.float32 else x
 
-    def embed(self, time: Tensor, dtype: torch.dtype) -> Tensor:
-        """Steps (b n) as vectors (b n time_dim)."""
-        waves, *layers = self.time_mlp
-        x = waves(time).to(dtype)
-        for layer in layers:
-            x = layer(x)
-        return x
+    def embed(self, time: Tensor, frames: int, dtype: torch.dtype) -> Tensor:
+        """Steps (b 1) or (b f) as vectors (b 1 time_dim) or (b f time_dim); with the numbers of the frames, always the latter."""
+        def through(mlp, numbers):
+            waves, *layers = mlp
+            return nn.Sequential(*layers)(waves(numbers).to(dtype))
+
+        x = through(self.time_mlp, time)
+        return x if self.number_mlp is None else x + through(self.number_mlp, torch.arange(frames, device=time.device))
 
     def forward_with_cond_scale(
         self,
