@@ -97,9 +97,9 @@ def load_run(path: str | Path) -> dict:
 # ---- a module from what a file says
 
 def build(constructor: Callable[[dict], nn.Module], config: dict, weights: dict[str, Tensor],
-          source: str | Path = 'the checkpoint') -> nn.Module:
-    """constructor(config) with these weights, on the CPU. No memory is asked for that `weights` do not fill."""
-    return fill(hollow(constructor, config, len(weights), source), weights, source)
+          source: str | Path = 'the checkpoint', **how) -> nn.Module:
+    """constructor(config) with these weights, on the CPU, as `fill` does it. No memory is asked for that they do not fill."""
+    return fill(hollow(constructor, config, len(weights), source), weights, source, **how)
 
 
 def expect(kind: str, state: dict) -> None:

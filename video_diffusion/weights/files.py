@@ -4,17 +4,16 @@ Nothing in a file is executed: safetensors, or `torch.load(weights_only=True)`. 
 disk into memory page by page as they are looked at, so that what a file holds beside the weights costs nothing.
 
     >>> state = read_safetensors(path)
-    >>> dit = checkpoint.hollow(lambda config: DiT(**config), config, len(state), path)      # sizes without memory
-    >>> load_renamed(dit, state, their_name, path, as_they_are=True)                         # the file's tensors, in its dtype
+    >>> their_name = partial(renamed, table=TO_DIFFUSERS)
+    >>> checkpoint.build(lambda config: DiT(**config), config, state, path, their_name=their_name, as_they_are=True)
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint
 
@@ -26,12 +25,6 @@ def renamed(name: str, table: list[tuple[str, str]]) -> str:
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def load_renamed(network: nn.Module, state: dict[str, Tensor], their_name: Callable[[str, nn.Module], str],
-                 path: str | Path, **how) -> nn.Module:
-    """Strict, see `checkpoint.fill`; their_name(name, network) is what the file calls the parameter that we call `name`."""
-    return checkpoint.fill(network, state, path, lambda name: their_name(name, network), **how)
 
 
 def cut(state: dict[str, Tensor], table: Pieces) -> dict[str, Tensor]:

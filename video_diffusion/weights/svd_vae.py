@@ -8,11 +8,12 @@ one here, and a temporal convolution's kernel, 3x1x1 there, has no last axis her
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from .. import checkpoint
 from ..vae.temporal_vae import TemporalVAE
-from .files import cut, joined, load_renamed, read_config, read_safetensors, renamed, write_pretrained
+from .files import cut, joined, read_config, read_safetensors, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [
@@ -49,7 +50,7 @@ def temporal_vae_from_diffusers(path: str | Path) -> TemporalVAE:
     with checkpoint.blaming(path):
         state = {name: w.squeeze(-1) if w.ndim == 5 else w for name, w in state.items() if not re.match(unused, name)}
         state = joined(state, PIECES)
-    return load_renamed(vae, state, lambda name, _: renamed(name, TO_DIFFUSERS), path)
+    return checkpoint.fill(vae, state, path, partial(renamed, table=TO_DIFFUSERS))
 
 
 def vae_of_diffusers(config: dict) -> TemporalVAE:
