@@ -142,11 +142,7 @@ class CausalVAE(nn.Module):
         """
         refuse_bad_video(self, video)
         self._refuse_bad_pieces(chunk, tile, self.time_compression)
-        if tile is not None:
-            scale = 1 / self.space_compression
-            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, scale)
-        else:
-            moments = self._moments(video, chunk)
+        moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
         return DiagonalGaussian.from_moments(moments)
 
     def decode(self, z: Tensor, frames: int | None = None,
@@ -158,10 +154,8 @@ class CausalVAE(nn.Module):
         """
         refuse_bad_latent(self, z)
         self._refuse_bad_pieces(chunk, tile, 1)
-        if tile is not None:
-            scale = self.space_compression
-            return in_tiles(lambda part: self._video(part, frames, chunk), z, tile // scale, scale)
-        return self._video(z, frames, chunk)
+        scale = self.space_compression
+        return in_tiles(lambda part: self._video(part, frames, chunk), z, tile and tile // scale, scale)
 
     def encode_stream(self, frame_chunks: Iterable[Tensor],
                       first_frame: bool = True) -> Iterator[DiagonalGaussian]:

@@ -262,10 +262,7 @@ class TemporalVAE(nn.Module):
         """
         refuse_bad_video(self, video)
         refuse_bad_pieces(self, chunk, tile, 1)
-        if tile is not None:
-            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
-        else:
-            moments = self._moments(video, chunk)
+        moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
         return DiagonalGaussian.from_moments(moments)
 
     def decode(self, z: Tensor, frames: int | None = None, chunk: int | None = None, tile: int | None = None,
@@ -283,10 +280,8 @@ class TemporalVAE(nn.Module):
         if image_only is not None and (image_only.dtype != torch.bool or image_only.shape != (z.shape[0], z.shape[2])):
             raise ValueError(f'image_only of shape {tuple(image_only.shape)}, {image_only.dtype}: give one bool '
                              f'for each frame, ({z.shape[0]}, {z.shape[2]})')
-        if tile is not None:
-            scale = self.space_compression
-            return in_tiles(lambda part: self._video(part, chunk, image_only), z, tile // scale, scale)
-        return self._video(z, chunk, image_only)
+        scale = self.space_compression
+        return in_tiles(lambda part: self._video(part, chunk, image_only), z, tile and tile // scale, scale)
 
     @property
     def last_layer(self) -> Tensor:
