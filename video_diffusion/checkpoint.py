@@ -213,12 +213,8 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: object = ()) ->
 
 def milestones(folder: str | Path) -> dict[int, Path]:
     """The checkpoints `model-<milestone>.pt` of a results folder, in order."""
-    found = {}
-    for path in Path(folder).glob('model-*.pt'):
-        number = re.fullmatch(r'model-(\d+)\.pt', path.name)
-        if number:
-            found[int(number[1])] = path
-    return dict(sorted(found.items()))
+    found = [(re.fullmatch(r'model-(\d+)\.pt', path.name), path) for path in Path(folder).glob('model-*.pt')]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def newest(folder: str | Path) -> Path:
