@@ -76,21 +76,17 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f'there is no file or folder {path}')
-    files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
-    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
-    if (usual := path / f'{WEIGHTS}.safetensors.index.json') in index:         # beside the same in half precision, say
-        index = [usual]
-    elif not index and (usual := path / f'{WEIGHTS}.safetensors') in files:
-        files = [usual]
-    if index:                                            # sharded: the index says which files belong together
-        with checkpoint.blaming(index[0]):
-            names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
+    files = [path] if path.is_file() else sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
+    files = [file for file in files if file.name.startswith(f'{WEIGHTS}.safetensors')] or files      # beside half precision, say
+    if len(files) != 1:
+        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files, or indexes of such: give the path of one')
+    if files[0].suffix == '.json':                       # sharded: the index says which files belong together
+        index = files[0]
+        with checkpoint.blaming(index):
+            names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
             if odd := [name for name in names if Path(name).name != name or not name.endswith('.safetensors')]:
                 raise ValueError(f'it names {odd[0]!r:.100}: expected .safetensors files, which must lie beside it')
-        files = [path / name for name in names]
-    if len(files) == 0 or (len(files) > 1 and not index):
-        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
-                                'give the path of one file')
+        files = [index.parent / name for name in names]
     state = {}
     for file in files:
         with checkpoint.blaming(file):
