@@ -31,8 +31,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..networks import unet_blocks
 from ..networks.attention import SpatialSelfAttention
-from .causal_blocks import conv_per_frame, doubled_conv, silu
+from .causal_blocks import doubled_conv, silu
 from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video, widths
 from .context_parallel import at_once, empty_clip, steps
 from .gaussian import DiagonalGaussian
@@ -142,10 +143,10 @@ def per_frame(function, x: Tensor, growth: float = 1., reuse: bool = False) -> T
     """function on every frame as an image of its own; without gradients a few frames at a time (see `steps`), and
     with `reuse` in the memory of x, where they fit."""
     if at_once():
-        return conv_per_frame(function, x)
+        return unet_blocks.per_frame(function, x)
     out = None
     for start, stop in steps(x, unit=1, growth=growth):
-        y = conv_per_frame(function, x[:, :, start:stop])
+        y = unet_blocks.per_frame(function, x[:, :, start:stop])
         if out is None:
             out = x if reuse and y.shape[1] == x.shape[1] and y.shape[3:] == x.shape[3:] else empty_clip(y, x.shape[2])
         out[:, :, start:stop] = y
