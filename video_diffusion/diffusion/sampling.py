@@ -12,7 +12,7 @@ A setting that makes no sense is refused before anything is drawn, or trained.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -91,7 +91,7 @@ class Sampling:
         if cond_scale is None:
             return self
         unled = dict(guidance_rescale=0., dynamic_guidance=None, wave_guidance=False) if cond_scale in (0, 1) else {}
-        return Sampling(**{**vars(self), **unled, 'cond_scale': cond_scale})
+        return replace(self, **unled, cond_scale=cond_scale)
 
     def scale_at(self, t: int, timesteps: int, steps: int) -> float:
         """The scale at step t of so many timesteps, of which the sampler takes so many steps."""
@@ -113,7 +113,7 @@ class Request:
     negative: Tensor | None = None                # b cond_dim: guide away from this
     known: Tensor | None = None                   # b c f h w in [-1, 1], of which the
     known_mask: Tensor | None = None              # b f bool are known
-    way: list[Tensor] | None = field(default=None)    # collects what the sampler goes through, if somebody asks
+    way: list[Tensor] | None = None               # collects what the sampler goes through, if somebody asks
 
 
 def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: samplers.Progress) -> Tensor:
