@@ -35,11 +35,12 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == 'cpu' or x.device.type == 'meta' and meta_is_cpu
 
 
-def recompute(function: Callable, *inputs):
-    """function(*inputs), which must not draw random numbers. Tensors come as inputs or are weights."""
+def recompute(function: Callable, *inputs, draws: bool = False):
+    """function(*inputs). Every tensor that needs a gradient is an argument, or a weight of a module. `draws`: the function draws
+    random numbers, and is to draw the same ones again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 def plainly(function: Callable, *inputs):

@@ -26,14 +26,15 @@ then only the convolutions are causal. With `'frame'` the whole VAE is, and stre
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import checks
+from ..networks.recompute import plainly, recompute
 from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from .context_parallel import CausalConv3d, Piece
 from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
@@ -112,7 +113,7 @@ class CausalVAE(nn.Module):
         time_levels = int(math.log2(time_compression))
         self.time_compression, self.space_compression = time_compression, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
-        self.gradient_checkpointing = gradient_checkpointing
+        self._run = partial(recompute, draws=True) if gradient_checkpointing else plainly
         self.group = None                     # processes that share a clip's frames, see context_parallel
 
         def norm(channels): return Norm(norm_groups, channels, norm_scope)
@@ -238,11 +239,6 @@ class CausalVAE(nn.Module):
             form = '1 + a multiple' if first_frame else 'a multiple'
             raise ValueError(f'{waiting.shape[2]} frames are left at the end of the stream: '
                              f'time is compressed, so give {form} of {self.time_compression}')
-
-    def _run(self, block: nn.Module, *args) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def _special(self, latents: int, frames: int | None) -> bool:
         """Is the first latent frame one single frame? Decided here, for the whole clip."""

@@ -23,16 +23,17 @@ statistics of its norms first and then needs three frames at a time, so that two
     video = vae.decode(z, chunk=8, tile=256)       # optional: 8 frames at a time, tiles of 256 pixels, blended
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..networks import unet_blocks
 from ..networks.attention import SpatialSelfAttention
+from ..networks.recompute import plainly, recompute
 from .causal_blocks import doubled_conv, silu
 from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video, widths
 from .context_parallel import at_once, empty_clip, steps
@@ -245,7 +246,7 @@ class TemporalVAE(nn.Module):
         dims = widths(self.config)
         self.time_compression, self.space_compression = 1, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
-        self.gradient_checkpointing = gradient_checkpointing
+        self._run = partial(recompute, draws=True) if gradient_checkpointing else plainly
         self.encoder = Encoder(in_channels, latent_channels, dims, blocks_per_level, norm_groups)
         self.decoder = Decoder(out_channels, latent_channels, dims, blocks_per_level, norm_groups)
 
@@ -300,8 +301,3 @@ class TemporalVAE(nn.Module):
             return self.decoder(z[:, :, start:stop], image_only if image_only is None else image_only[:, start:stop], self._run)
         x = in_chunks(decode, z.shape[2], chunk) if chunk is not None else decode(0, z.shape[2])
         return (x + 1) / 2
-
-    def _run(self, block, *args) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
