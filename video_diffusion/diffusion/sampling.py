@@ -35,9 +35,10 @@ class Sampling:
     wave_guidance: bool = False                   # a scale that jumps about instead, as CogVideoX's does
     known_by: str | None = None                   # 'level', 'network', 'guide' or 'replace', see known_frames.py; None: the best
     frame_guidance: float | None = None           # weight of 'guide'; None: 5
-    known_noise: float | None = None              # of 'level': under which share of the noise steps known frames are shown (None:
-                                                  # 0, or 0.05 for those that the model has drawn itself, in a long video),
-    history_scale: float = 1.                     # and how closely the others keep to them; 1 is as trained
+    # Of 'level': under which share of the noise steps known frames are shown. None: 0, or 0.05 for those that the model has
+    # drawn itself, in a long video.
+    known_noise: float | None = None
+    history_scale: float = 1.                     # of 'level': how closely the others keep to known frames; 1 is as trained
     frame_lag: int = 0                            # steps from one frame to the next, 0: all together; see frame_levels.py
 
     def check(

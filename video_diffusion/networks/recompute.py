@@ -51,8 +51,8 @@ def plainly(function: Callable, *inputs):
 def in_slices(function: Callable, x: Tensor, dim: int, width: int, *others: Tensor) -> Tensor:
     """function(x, *others), slice by slice along `dim`, each recomputed; where x is small, neither.
 
-    `function` is a method of a module and keeps the shape of x (..., c), of which it makes rows as wide as `width`. Modules
-    say what is small to them: `little`.
+    `function` is a method of a module and keeps the shape of x (..., c). `width`: channels of the widest thing that it makes of
+    x. The module's `little`: what makes fewer numbers is neither cut nor recomputed.
     """
     numbers, module = x[..., 0].numel() * width, function.__self__
     if numbers < module.little:

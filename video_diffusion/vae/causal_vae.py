@@ -10,9 +10,9 @@ The special first frame is compressed in space only, so that one network reads i
 4k frames has none: k latent frames. Which of the two a clip is gets decided once, in `encode` and `decode`,
 and is handed down in a `Piece`; no layer guesses it from the number of frames before it.
 
-Levels: the encoder halves height and width between levels, and time between the first two (4 = 2 * 2); the
-decoder doubles them, time too between *its* first two. The decoder's norms are conditioned on the latent
-(Zheng et al. 2022, arXiv 2209.09002): `group_norm(x) * gain(z) + offset(z)`, z stretched to the size of x.
+Levels: the encoder halves height and width between levels, and time as well at its first log2(time_compression)
+halvings; the decoder doubles them, time as well at *its* first so many doublings. The decoder's norms are conditioned on
+the latent (Zheng et al. 2022, arXiv 2209.09002): `group_norm(x) * gain(z) + offset(z)`, z stretched to the size of x.
 
 `norm_scope='clip'` takes the norms' statistics over all frames at hand, as the pretrained weights expect;
 then only the convolutions are causal. With `'frame'` the whole VAE is, and streaming is exact.
