@@ -134,7 +134,7 @@ def is_temporal(job):
 
 
 def ours(job, device, dtype):
-    from video_diffusion.vae.context_parallel import split_frames
+    from video_diffusion.vae.frame_shares import split_frames
     from video_diffusion.weights.cogvideox_vae import causal_vae_from_diffusers
     from video_diffusion.weights.svd_vae import temporal_vae_from_diffusers
     read = temporal_vae_from_diffusers if is_temporal(job) else causal_vae_from_diffusers

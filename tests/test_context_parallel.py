@@ -17,16 +17,8 @@ from torch import nn
 
 from video_diffusion.distributed import data_and_frames_mesh
 from video_diffusion.vae.causal_vae import CausalVAE
-from video_diffusion.vae.context_parallel import (
-    CausalConv3d,
-    GroupNorm,
-    Piece,
-    PrependBorrowed,
-    gather_frames,
-    split_frames,
-    sum_gradients,
-)
-from video_diffusion.vae.frame_shares import agree_on_shares
+from video_diffusion.vae.context_parallel import CausalConv3d, GroupNorm, Piece, PrependBorrowed
+from video_diffusion.vae.frame_shares import agree_on_shares, gather_frames, split_frames, sum_gradients
 
 GROUPS = [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
 

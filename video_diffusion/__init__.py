@@ -8,7 +8,7 @@ know which room a thing lives in. Converters of other projects' weights come fro
     diffusion/    noise, loss, samplers, guidance, known frames; the same in latents
     vae/          autoencoders for video, whole or in pieces, on one device or many
     networks/     what predicts: U-Net, attention, text     data/     what it learns from: clips, captions, a toy world
-    checkpoint, distributed                                           the ground
+    checkpoint, checks, distributed                                   the ground
 """
 
 from . import checkpoint, distributed

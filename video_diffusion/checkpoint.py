@@ -97,9 +97,9 @@ def load_run(path: str | Path) -> dict:
 # ---- a module from what a file says
 
 def build(constructor: Callable[[dict], nn.Module], config: dict, weights: dict[str, Tensor],
-          source: str | Path = 'the checkpoint') -> nn.Module:
-    """constructor(config) with these weights, on the CPU. No memory is asked for that `weights` do not fill."""
-    return fill(hollow(constructor, config, len(weights), source), weights, source)
+          source: str | Path = 'the checkpoint', **how) -> nn.Module:
+    """constructor(config) with these weights, on the CPU, as `fill` does it. No memory is asked for that they do not fill."""
+    return fill(hollow(constructor, config, len(weights), source), weights, source, **how)
 
 
 def expect(kind: str, state: dict) -> None:
@@ -213,12 +213,8 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]], settings: object = ()) ->
 
 def milestones(folder: str | Path) -> dict[int, Path]:
     """The checkpoints `model-<milestone>.pt` of a results folder, in order."""
-    found = {}
-    for path in Path(folder).glob('model-*.pt'):
-        number = re.fullmatch(r'model-(\d+)\.pt', path.name)
-        if number:
-            found[int(number[1])] = path
-    return dict(sorted(found.items()))
+    found = [(re.fullmatch(r'model-(\d+)\.pt', path.name), path) for path in Path(folder).glob('model-*.pt')]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
 
 
 def newest(folder: str | Path) -> Path:

@@ -36,6 +36,7 @@ from .mp4 import import_av, read_video, video_shape, video_tensor_to_mp4
 
 VIDEOS = ('mp4', 'webm', 'mov', 'mkv', 'avi')
 CLIPS, IMAGES = ('gif', *VIDEOS), ('png', 'jpg', 'jpeg')
+LOOKED_AT = 16                                  # clips that tell the shape of all
 MAX_CAPTION = 2**16                             # bytes: a page of text has 3,000
 PICTURE_STARTS = (b'\x89PNG\r\n\x1a\n', b'\xff\xd8\xff', b'RIFF')
 VIDEO_BOXES = (b'ftyp', b'moov', b'mdat', b'wide', b'free', b'skip')        # mp4 and mov: after the length of the box
@@ -95,14 +96,14 @@ class ClipFolder:
         return median(rate for _, rate, _, _ in self.some_shapes)
 
     @cached_property
-    def some_shapes(self, enough: int = 16) -> list[tuple[int, float, int, int]]:
+    def some_shapes(self) -> list[tuple[int, float, int, int]]:
         shapes = []
         for path in sorted(self.paths, key=lambda path: path.suffix[1:].lower() in IMAGES):     # pictures last
             try:
                 shapes.append(clip_shape(path))
             except (ValueError, OSError):
                 continue                                    # GifDataset is the one that reports it
-            if len(shapes) == enough:
+            if len(shapes) == LOOKED_AT:
                 break
         if not shapes:
             raise ValueError(f'none of the {len(self.paths)} clips can be read: {shorten(self.paths)}')

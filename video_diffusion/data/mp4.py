@@ -48,7 +48,8 @@ def read_video(path, channels: int = 3, *, num_frames: int | None = None, start:
         rate = fps or float(stream.average_rate)
         timed = timed_frames(path, container, stream, begin=start / rate)
         # Without fps all frames that come are taken: where their rate varies, the clock of `nearest` would leave some out.
-        frames = nearest(timed, fps, start, num_frames) if fps else every(timed, (start - 0.5) / rate, num_frames)
+        later = (frame for seconds, frame in timed if frame is not None and seconds >= (start - 0.5) / rate)
+        frames = nearest(timed, fps, start, num_frames) if fps else islice(later, num_frames)
         to_picture = partial(picture, converter(), channels, size)
         return collect(path, map(to_picture, frames), start)
 
@@ -124,10 +125,6 @@ def decode(packet) -> list | None:
     except import_av().error.FFmpegError:
         return None
     return None if any(frame.is_corrupt for frame in frames) else frames
-
-
-def every(timed: Iterator[tuple], begin: float, num_frames: int | None) -> Iterator:
-    return islice((frame for seconds, frame in timed if frame is not None and seconds >= begin), num_frames)
 
 
 def turns(frame) -> int:

@@ -1,7 +1,8 @@
 """The same diffusion in the terms of the DDPM paper (Ho et al. 2020, arXiv 2006.11239), for a batch with steps of its own.
 
-Samplers need none of this. It is for those who hold the paper beside the code, and for scripts that were written for
-`video-diffusion-pytorch`, which names its tables and steps so. Every table has a number for each step, float32:
+For those who hold the paper beside the code, and for scripts that were written for `video-diffusion-pytorch`, which names its
+tables and steps so; of all this the library itself uses `alpha_sigma` and `q_sample`, for its loss and in `predict_x0`.
+Every table has a number for each step, float32:
 
     here             paper                                  here                     paper
     betas            beta_t                                 posterior_variance       beta~_t, eq. 7

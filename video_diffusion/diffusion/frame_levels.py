@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 CLEAN = -1
-TOLD = 0.6                  # of the clips are told frames in training
-FIRST = 1 / 3               # of it none is: where the frames show all there is to see, a caption is read by luck
-LOW = 0.15                  # of all steps: known frames that are not to be trusted to the last pixel have up to so much noise
-DRAWN = 0.05                # of all steps: under so much it is shown those that it has drawn itself, as in training
-SILENT = 0.85               # of the clips that are told true frames have no caption: the frames show it
-CUT = 0.4                   # of those that are told drawn ones, where the captions of the others are cut short: see shortened
+TOLD = 0.6                  # share of clips that are told some of their frames, in training
+FIRST = 1 / 3               # share of the training, at its beginning, in which no clip is: else captions are read by luck only
+LOW = 0.15                  # most noise of frames that are told but not certain to the last pixel, as a share of all steps
+DRAWN = 0.05                # their noise when a long video goes on from its own frames, as in training
+SILENT = 0.85               # share of clips told true frames whose caption is dropped: the frames show it
+CUT = 0.4                   # the same of clips told drawn frames, if the other captions are shortened: see shortened
 
 
 def levels(steps: list[int], frames: int, lag: int = 0) -> Tensor:

@@ -6,7 +6,8 @@ video prediction knows a beginning, in-betweening knows both ends, and it is one
     known   x x . . . . . .     diffusion.sample(first_frames=video[:, :, :2])
     known   x . . . . . . x     diffusion.sample(known=video, known_mask=mask)
 
-Whatever the network answers, the known frames come out as they went in. The ways differ in what the *others* learn from them:
+Whatever the network answers, the known frames come out as they went in; latents that a network is told ('network') come out
+only about right. The ways differ in what the *others* learn from them:
 
 - 'level': in a model whose frames have noise of their own (frame_levels.py), known frames are without noise, and the network
   is told so. There is nothing else to it. `known_noise` gives them a little, where they are not to be trusted to the last

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import one_of
 from .noise_schedule import posterior
 from .objective import to_noise
 
@@ -46,8 +47,7 @@ def spaced_steps(timesteps: int, count: int | None, spacing: str = 'trailing') -
     count = timesteps if count is None else count
     if not 1 <= count <= timesteps:
         raise ValueError(f'steps={count}: the model was trained with {timesteps} steps, so give 1 to {timesteps}')
-    if spacing not in SPACINGS:
-        raise ValueError(f'spacing={spacing!r}: give one of {", ".join(map(repr, SPACINGS))}')
+    one_of('spacing', spacing, SPACINGS)
     if spacing == 'leading':
         return [i * (timesteps // count) for i in reversed(range(count))]
     if spacing == 'linspace' and count > 1:  # of one step, the first

@@ -12,7 +12,7 @@ A setting that makes no sense is refused before anything is drawn, or trained.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -35,9 +35,10 @@ class Sampling:
     wave_guidance: bool = False                   # a scale that jumps about instead, as CogVideoX's does
     known_by: str | None = None                   # 'level', 'network', 'guide' or 'replace', see known_frames.py; None: the best
     frame_guidance: float | None = None           # weight of 'guide'; None: 5
-    known_noise: float | None = None              # of 'level': under which share of the noise steps known frames are shown (None:
-                                                  # 0, or 0.05 for those that the model has drawn itself, in a long video),
-    history_scale: float = 1.                     # and how closely the others keep to them; 1 is as trained
+    # Of 'level': under which share of the noise steps known frames are shown. None: 0, or 0.05 for those that the model has
+    # drawn itself, in a long video.
+    known_noise: float | None = None
+    history_scale: float = 1.                     # of 'level': how closely the others keep to known frames; 1 is as trained
     frame_lag: int = 0                            # steps from one frame to the next, 0: all together; see frame_levels.py
 
     def check(
@@ -91,7 +92,7 @@ class Sampling:
         if cond_scale is None:
             return self
         unled = dict(guidance_rescale=0., dynamic_guidance=None, wave_guidance=False) if cond_scale in (0, 1) else {}
-        return Sampling(**{**vars(self), **unled, 'cond_scale': cond_scale})
+        return replace(self, **unled, cond_scale=cond_scale)
 
     def scale_at(self, t: int, timesteps: int, steps: int) -> float:
         """The scale at step t of so many timesteps, of which the sampler takes so many steps."""
@@ -113,7 +114,7 @@ class Request:
     negative: Tensor | None = None                # b cond_dim: guide away from this
     known: Tensor | None = None                   # b c f h w in [-1, 1], of which the
     known_mask: Tensor | None = None              # b f bool are known
-    way: list[Tensor] | None = field(default=None)    # collects what the sampler goes through, if somebody asks
+    way: list[Tensor] | None = None               # collects what the sampler goes through, if somebody asks
 
 
 def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: samplers.Progress) -> Tensor:

@@ -16,7 +16,7 @@ Each of these maps a video x (b, c, f, h, w) to `x + attention(norm(x))`. Others
     TextAttention            the same for the pixels of a video and a caption's tokens, in the U-Net
     LinearAttention          rows (b, n, c) at one another, linear in n
 
-All share one softmax, `attend`; transformer.py builds on the second half.
+All but the linear ones share one softmax, `attend`; transformer.py builds on the second half.
 
 **Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
 channels then lie side by side, so the norms and projections below work on plain rows, and no
@@ -36,7 +36,7 @@ from .recompute import LITTLE, in_slices
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention, the only one in the library: q, k, v (..., heads, n, d).
+    """Softmax attention, of all but the linear ones: q, k, v (..., heads, n, d).
 
     `bias` is added to the logits; where it is a bool mask, queries see the keys at True only. With a learned bias in
     training, torch's fused kernels fall back to a slower path than these three lines.

@@ -33,6 +33,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import one_of
 from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
 from .recompute import on_cpu
@@ -166,8 +167,7 @@ class DiT(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'checkpoint_activations')}
         if dim % dim_head or dim_head % 16:
             raise ValueError(f'dim={dim}, dim_head={dim_head}: give a multiple of 16 as dim_head and a multiple of that as dim')
-        if positions not in POSITIONS:
-            raise ValueError(f'positions={positions!r}: give one of {", ".join(map(repr, POSITIONS))}')
+        one_of('positions', positions, POSITIONS)
         if positions == 'rope+learned' and size is None:
             raise ValueError("positions='rope+learned': give size, the (frames, height, width) that the table is made for")
         self.channels, self.cond_dim, self.cond_frames = channels, cond_dim, cond_frames

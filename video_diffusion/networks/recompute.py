@@ -35,11 +35,12 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == 'cpu' or x.device.type == 'meta' and meta_is_cpu
 
 
-def recompute(function: Callable, *inputs):
-    """function(*inputs), which must not draw random numbers. Tensors come as inputs or are weights."""
+def recompute(function: Callable, *inputs, draws: bool = False):
+    """function(*inputs). Every tensor that needs a gradient is an argument, or a weight of a module. `draws`: the function draws
+    random numbers, and is to draw the same ones again."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 def plainly(function: Callable, *inputs):
@@ -50,8 +51,8 @@ def plainly(function: Callable, *inputs):
 def in_slices(function: Callable, x: Tensor, dim: int, width: int, *others: Tensor) -> Tensor:
     """function(x, *others), slice by slice along `dim`, each recomputed; where x is small, neither.
 
-    `function` is a method of a module and keeps the shape of x (..., c), of which it makes rows as wide as `width`. Modules
-    say what is small to them: `little`.
+    `function` is a method of a module and keeps the shape of x (..., c). `width`: channels of the widest thing that it makes of
+    x. The module's `little`: what makes fewer numbers is neither cut nor recomputed.
     """
     numbers, module = x[..., 0].numel() * width, function.__self__
     if numbers < module.little:

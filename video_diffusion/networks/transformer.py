@@ -13,13 +13,15 @@ look at one another instead. The context belongs to the clip: its keys and value
 A new SpatialTransformer changes nothing: its last projection starts at zero.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import CrossAttention
+from .recompute import plainly, recompute
 
 
 class FeedForward(nn.Module):
@@ -75,7 +77,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, dim_head: int, depth: int = 1, context_dim: int | None = None, *,
                  groups: int = 32, gated: bool = True, across_frames: bool = False, gradient_checkpointing: bool = False):
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing      # recompute blocks in the backward pass
+        self.run = partial(recompute, draws=True) if gradient_checkpointing else plainly
         self.has_context = context_dim is not None
         dim = heads * dim_head
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -95,8 +97,5 @@ class SpatialTransformer(nn.Module):
         rows = self.norm(rearrange(x, 'b c f h w -> (b f) c h w'))
         rows = self.project_in(rearrange(rows, '(b f) c h w -> b f (h w) c', b=b))
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                rows = checkpoint(block, rows, context, mask, use_reentrant=False)
-            else:
-                rows = block(rows, context, mask)
+            rows = self.run(block, rows, context, mask)
         return x + rearrange(self.project_out(rows), 'b f (h w) c -> b c f h w', h=h)

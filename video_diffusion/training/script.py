@@ -10,7 +10,7 @@ from statistics import median
 from typing import NamedTuple
 
 from ..data import shapes
-from ..data.folder import ClipFolder
+from ..data.folder import LOOKED_AT, ClipFolder
 from ..distributed import Processes, lost_others
 
 # With VIDEO_DIFFUSION_TINY=1 every run is over in seconds: to try a command, and to test those of the README.
@@ -125,7 +125,7 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: tuple[int, ...],
     processes.by_main(draw)
     clips = ClipFolder(folder)
     there = len(clips.paths), *clips.shape()
-    typical = int(median(frames[i % len(frames)] for i in range(min(count, 16))))      # of as many as ClipFolder looks at
+    typical = int(median(frames[i % len(frames)] for i in range(min(count, LOOKED_AT))))
     if there != (count, typical, size, size):
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
                          f'world asked for ({count} clips of {typical} frames of {size}x{size}): remove it first')

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from ..networks.unet_blocks import per_frame
 from . import planes
 from .context_parallel import CausalConv3d, GroupNorm, Piece, at_once, empty_clip, steps
 
@@ -121,7 +121,7 @@ class Downsample(nn.Module):
             kept, pairs = x[:, :, :int(first)], x[:, :, int(first):]
             x = torch.cat([kept, (pairs[:, :, ::2] + pairs[:, :, 1::2]) / 2], dim=2)
         x = F.pad(x, (0, 1, 0, 1))                                          # right and bottom
-        return conv_per_frame(self.conv, x)
+        return per_frame(self.conv, x)
 
 
 class Upsample(nn.Module):
@@ -143,7 +143,7 @@ class Upsample(nn.Module):
 
     def enlarge(self, x: Tensor, first: bool) -> Tensor:
         frames = 2 * x.shape[2] - first if self.time else x.shape[2]
-        x = conv_per_frame(lambda frame: doubled_conv(frame, self.conv), x)
+        x = per_frame(lambda frame: doubled_conv(frame, self.conv), x)
         return x.index_select(2, stretched_index(x.shape[2], frames, first, x.device)) if self.time else x
 
 
@@ -155,11 +155,6 @@ def doubled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     kernel = F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)     # out in 4 4
     return F.conv_transpose2d(x, kernel.transpose(0, 1), conv.bias, stride=2, padding=1)
-
-
-def conv_per_frame(conv, x: Tensor) -> Tensor:
-    b = x.shape[0]
-    return rearrange(conv(rearrange(x, 'b c f h w -> (b f) c h w')), '(b f) c h w -> b c f h w', b=b)
 
 
 def per_frames(function, x: Tensor, frames_out: int, first: bool) -> Tensor:

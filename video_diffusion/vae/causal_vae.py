@@ -10,9 +10,9 @@ The special first frame is compressed in space only, so that one network reads i
 4k frames has none: k latent frames. Which of the two a clip is gets decided once, in `encode` and `decode`,
 and is handed down in a `Piece`; no layer guesses it from the number of frames before it.
 
-Levels: the encoder halves height and width between levels, and time between the first two (4 = 2 * 2); the
-decoder doubles them, time too between *its* first two. The decoder's norms are conditioned on the latent
-(Zheng et al. 2022, arXiv 2209.09002): `group_norm(x) * gain(z) + offset(z)`, z stretched to the size of x.
+Levels: the encoder halves height and width between levels, and time as well at its first log2(time_compression)
+halvings; the decoder doubles them, time as well at *its* first so many doublings. The decoder's norms are conditioned on
+the latent (Zheng et al. 2022, arXiv 2209.09002): `group_norm(x) * gain(z) + offset(z)`, z stretched to the size of x.
 
 `norm_scope='clip'` takes the norms' statistics over all frames at hand, as the pretrained weights expect;
 then only the convolutions are causal. With `'frame'` the whole VAE is, and streaming is exact.
@@ -26,14 +26,15 @@ then only the convolutions are causal. With `'frame'` the whole VAE is, and stre
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import checks
+from ..networks.recompute import plainly, recompute
 from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from .context_parallel import CausalConv3d, Piece
 from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
@@ -112,7 +113,7 @@ class CausalVAE(nn.Module):
         time_levels = int(math.log2(time_compression))
         self.time_compression, self.space_compression = time_compression, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
-        self.gradient_checkpointing = gradient_checkpointing
+        self._run = partial(recompute, draws=True) if gradient_checkpointing else plainly
         self.group = None                     # processes that share a clip's frames, see context_parallel
 
         def norm(channels): return Norm(norm_groups, channels, norm_scope)
@@ -142,11 +143,7 @@ class CausalVAE(nn.Module):
         """
         refuse_bad_video(self, video)
         self._refuse_bad_pieces(chunk, tile, self.time_compression)
-        if tile is not None:
-            scale = 1 / self.space_compression
-            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, scale)
-        else:
-            moments = self._moments(video, chunk)
+        moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
         return DiagonalGaussian.from_moments(moments)
 
     def decode(self, z: Tensor, frames: int | None = None,
@@ -158,10 +155,8 @@ class CausalVAE(nn.Module):
         """
         refuse_bad_latent(self, z)
         self._refuse_bad_pieces(chunk, tile, 1)
-        if tile is not None:
-            scale = self.space_compression
-            return in_tiles(lambda part: self._video(part, frames, chunk), z, tile // scale, scale)
-        return self._video(z, frames, chunk)
+        scale = self.space_compression
+        return in_tiles(lambda part: self._video(part, frames, chunk), z, tile and tile // scale, scale)
 
     def encode_stream(self, frame_chunks: Iterable[Tensor],
                       first_frame: bool = True) -> Iterator[DiagonalGaussian]:
@@ -244,11 +239,6 @@ class CausalVAE(nn.Module):
             form = '1 + a multiple' if first_frame else 'a multiple'
             raise ValueError(f'{waiting.shape[2]} frames are left at the end of the stream: '
                              f'time is compressed, so give {form} of {self.time_compression}')
-
-    def _run(self, block: nn.Module, *args) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
     def _special(self, latents: int, frames: int | None) -> bool:
         """Is the first latent frame one single frame? Decided here, for the whole clip."""

@@ -32,18 +32,9 @@ from torch.autograd.function import once_differentiable
 
 from ..networks.recompute import on_cpu
 from . import planes
-from .frame_shares import (
-    AllGather,
-    Shares,
-    gather_frames,
-    memory_format,
-    return_to_owners,
-    split_frames,
-    start_borrowing,
-    sum_gradients,
-)
+from .frame_shares import AllGather, Shares, memory_format, return_to_owners, split_frames, start_borrowing, sum_gradients
 
-__all__ = ['CausalConv3d', 'GroupNorm', 'Piece', 'gather_frames', 'split_frames', 'sum_gradients']
+__all__ = ['CausalConv3d', 'GroupNorm', 'Piece', 'split_frames', 'sum_gradients']
 
 
 @dataclass(frozen=True)

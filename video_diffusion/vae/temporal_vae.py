@@ -23,16 +23,18 @@ statistics of its norms first and then needs three frames at a time, so that two
     video = vae.decode(z, chunk=8, tile=256)       # optional: 8 frames at a time, tiles of 256 pixels, blended
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ..networks import unet_blocks
 from ..networks.attention import SpatialSelfAttention
-from .causal_blocks import conv_per_frame, doubled_conv, silu
+from ..networks.recompute import plainly, recompute
+from .causal_blocks import doubled_conv, silu
 from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video, widths
 from .context_parallel import at_once, empty_clip, steps
 from .gaussian import DiagonalGaussian
@@ -142,10 +144,10 @@ def per_frame(function, x: Tensor, growth: float = 1., reuse: bool = False) -> T
     """function on every frame as an image of its own; without gradients a few frames at a time (see `steps`), and
     with `reuse` in the memory of x, where they fit."""
     if at_once():
-        return conv_per_frame(function, x)
+        return unet_blocks.per_frame(function, x)
     out = None
     for start, stop in steps(x, unit=1, growth=growth):
-        y = conv_per_frame(function, x[:, :, start:stop])
+        y = unet_blocks.per_frame(function, x[:, :, start:stop])
         if out is None:
             out = x if reuse and y.shape[1] == x.shape[1] and y.shape[3:] == x.shape[3:] else empty_clip(y, x.shape[2])
         out[:, :, start:stop] = y
@@ -244,7 +246,7 @@ class TemporalVAE(nn.Module):
         dims = widths(self.config)
         self.time_compression, self.space_compression = 1, 2 ** (len(dims) - 1)
         self.latent_channels, self.out_channels = latent_channels, out_channels
-        self.gradient_checkpointing = gradient_checkpointing
+        self._run = partial(recompute, draws=True) if gradient_checkpointing else plainly
         self.encoder = Encoder(in_channels, latent_channels, dims, blocks_per_level, norm_groups)
         self.decoder = Decoder(out_channels, latent_channels, dims, blocks_per_level, norm_groups)
 
@@ -262,10 +264,7 @@ class TemporalVAE(nn.Module):
         """
         refuse_bad_video(self, video)
         refuse_bad_pieces(self, chunk, tile, 1)
-        if tile is not None:
-            moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
-        else:
-            moments = self._moments(video, chunk)
+        moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
         return DiagonalGaussian.from_moments(moments)
 
     def decode(self, z: Tensor, frames: int | None = None, chunk: int | None = None, tile: int | None = None,
@@ -283,10 +282,8 @@ class TemporalVAE(nn.Module):
         if image_only is not None and (image_only.dtype != torch.bool or image_only.shape != (z.shape[0], z.shape[2])):
             raise ValueError(f'image_only of shape {tuple(image_only.shape)}, {image_only.dtype}: give one bool '
                              f'for each frame, ({z.shape[0]}, {z.shape[2]})')
-        if tile is not None:
-            scale = self.space_compression
-            return in_tiles(lambda part: self._video(part, chunk, image_only), z, tile // scale, scale)
-        return self._video(z, chunk, image_only)
+        scale = self.space_compression
+        return in_tiles(lambda part: self._video(part, chunk, image_only), z, tile and tile // scale, scale)
 
     @property
     def last_layer(self) -> Tensor:
@@ -304,8 +301,3 @@ class TemporalVAE(nn.Module):
             return self.decoder(z[:, :, start:stop], image_only if image_only is None else image_only[:, start:stop], self._run)
         x = in_chunks(decode, z.shape[2], chunk) if chunk is not None else decode(0, z.shape[2])
         return (x + 1) / 2
-
-    def _run(self, block, *args) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 
-def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: float) -> Tensor:
-    """function(x), tile by tile; it changes height and width by `scale`. `tile` is in pixels of x."""
+def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, scale: float) -> Tensor:
+    """function(x), tile by tile; it changes height and width by `scale`. `tile` is in pixels of x; None: all at once."""
+    if tile is None:
+        return function(x)
     overlap = max(1, round(tile // 4 * scale) / scale)              # whole pixels on both sides
     rows, columns = (starts(n, tile, int(overlap)) for n in x.shape[3:])
     height, width = (round(n * scale) for n in x.shape[3:])

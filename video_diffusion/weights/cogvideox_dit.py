@@ -19,6 +19,7 @@ norm's epsilon is 1e-5 in diffusers and 1e-6 in SAT, which makes for 2e-5 of dif
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -29,7 +30,7 @@ from .. import checkpoint
 from ..networks.dit import DiT
 from ..networks.lora import lora_layers
 from ..networks.positions import SPACING, rope, sincos
-from .files import cut, joined, load_renamed, read_config, read_safetensors, read_sat, renamed, write_pretrained
+from .files import cut, joined, read_config, read_safetensors, read_sat, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [
@@ -103,7 +104,7 @@ def dit_from_diffusers(path: str | Path) -> DiT:
 def dit_to_diffusers(dit: DiT, folder: str | Path) -> None:
     """Writes config.json and the weights."""
     config = diffusers_config(dit)
-    state = {diffusers_name(name, dit): value for name, value in dit.state_dict().items()}
+    state = {diffusers_name(name): value for name, value in dit.state_dict().items()}
     write_pretrained(folder, joined(as_convolution(dit, state, 'patch_embed.proj.weight'), DIFFUSERS_PIECES), config)
 
 
@@ -133,7 +134,7 @@ def dit_from_sat(
 def dit_to_sat(dit: DiT, folder: str | Path) -> None:
     """Writes `latest` and 1/mp_rank_00_model_states.pt, with the tables of positions that SAT keeps there."""
     needed_size(dit)
-    state = {sat_name(name, dit): value for name, value in dit.state_dict().items()}
+    state = {sat_name(name): value for name, value in dit.state_dict().items()}
     state = joined(as_convolution(dit, state, 'mixins.patch_embed.proj.weight'), SAT_PIECES)
     if dit.patch[0] == 1:                          # version 1.5 computes them
         grid, dtype = dit.grid(needed_size(dit)), dit.to_patches.weight.dtype
@@ -149,9 +150,8 @@ def dit_to_sat(dit: DiT, folder: str | Path) -> None:
     (Path(folder) / 'latest').write_text('1')
 
 
-def loaded(config: dict, state: dict[str, Tensor], their_name: Callable[[str, DiT], str], path: str | Path) -> DiT:
-    dit = checkpoint.hollow(lambda config: DiT(**config), config, len(state), path)
-    load_renamed(dit, state, their_name, path, as_they_are=True)
+def loaded(config: dict, state: dict[str, Tensor], their_name: Callable[[str], str], path: str | Path) -> DiT:
+    dit = checkpoint.build(lambda config: DiT(**config), config, state, path, their_name=their_name, as_they_are=True)
     if dit.table is not None:                      # of which diffusers makes float64, unless its model is cast
         dit.table.data = dit.table.data.to(dit.to_patches.weight.dtype)
     return dit
@@ -223,12 +223,7 @@ def needed_size(dit: DiT) -> tuple[int, int, int]:
 
 # Names and forms
 
-def diffusers_name(name: str, _dit: DiT | None = None) -> str:
-    return renamed(name, TO_DIFFUSERS)
-
-
-def sat_name(name: str, _dit: DiT | None = None) -> str:
-    return renamed(name, TO_SAT)
+diffusers_name, sat_name = partial(renamed, table=TO_DIFFUSERS), partial(renamed, table=TO_SAT)
 
 
 def diffusers_pieces(state: dict[str, Tensor]) -> dict[str, Tensor]:

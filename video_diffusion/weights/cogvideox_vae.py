@@ -9,13 +9,14 @@ read with `weights_only=True` or as safetensors (`pip install safetensors`), so 
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from .. import checkpoint
 from ..vae.causal_vae import CausalVAE
-from .files import load_renamed, read_config, read_safetensors, read_sat, renamed, write_pretrained
+from .files import read_config, read_safetensors, read_sat, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter; the first line is true of both projects.
 SHARED = [
@@ -49,8 +50,7 @@ FIXED = {'act_fn': 'silu', 'norm_eps': 1e-6, 'use_quant_conv': False, 'use_post_
 def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
     """A folder, or one file in it, as written by `AutoencoderKLCogVideoX.save_pretrained`, sharded or not."""
     config = read_config(path, 'AutoencoderKLCogVideoX', FIXED)
-    state = read_safetensors(path)
-    return load_renamed(checkpoint.hollow(vae_of_diffusers, config, len(state), path), state, diffusers_name, path)
+    return checkpoint.build(vae_of_diffusers, config, read_safetensors(path), path, their_name=diffusers_name)
 
 
 def vae_of_diffusers(config: dict) -> CausalVAE:
@@ -70,7 +70,7 @@ def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: 
         raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
                          "network has the form dim_mults=(1, ...), norm_scope='clip' only")
     channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
-    state = {diffusers_name(name, vae): value for name, value in vae.state_dict().items()}
+    state = {diffusers_name(name): value for name, value in vae.state_dict().items()}
     write_pretrained(folder, state, {
         '_class_name': 'AutoencoderKLCogVideoX', **FIXED,
         'in_channels': config['in_channels'], 'out_channels': config['out_channels'],
@@ -91,7 +91,7 @@ def causal_vae_from_sat(path: str | Path, time_compression: int = 4) -> CausalVA
         except KeyError as error:
             raise ValueError(f'it is not a causal VAE of CogVideoX: it has no {error}') from None
     vae = checkpoint.hollow(lambda config: CausalVAE(**config), config, len(state), path)
-    return load_renamed(vae, state, sat_name, path)
+    return checkpoint.fill(vae, state, path, lambda name: sat_name(name, vae))
 
 
 def sat_config(state: dict[str, Tensor]) -> dict:
@@ -106,8 +106,7 @@ def sat_config(state: dict[str, Tensor]) -> dict:
         dim_mults=tuple(c / dim for c in channels), blocks_per_level=count(r'encoder\.down\.0\.block\.\d+\.'))
 
 
-def diffusers_name(name: str, _vae: CausalVAE) -> str:
-    return renamed(name, TO_DIFFUSERS)
+diffusers_name = partial(renamed, table=TO_DIFFUSERS)
 
 
 def sat_name(name: str, vae: CausalVAE) -> str:

@@ -4,17 +4,16 @@ Nothing in a file is executed: safetensors, or `torch.load(weights_only=True)`. 
 disk into memory page by page as they are looked at, so that what a file holds beside the weights costs nothing.
 
     >>> state = read_safetensors(path)
-    >>> dit = checkpoint.hollow(lambda config: DiT(**config), config, len(state), path)      # sizes without memory
-    >>> load_renamed(dit, state, their_name, path, as_they_are=True)                         # the file's tensors, in its dtype
+    >>> their_name = partial(renamed, table=TO_DIFFUSERS)
+    >>> checkpoint.build(lambda config: DiT(**config), config, state, path, their_name=their_name, as_they_are=True)
 """
 
 import json
 import re
 from pathlib import Path
-from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import checkpoint
 
@@ -26,12 +25,6 @@ def renamed(name: str, table: list[tuple[str, str]]) -> str:
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def load_renamed(network: nn.Module, state: dict[str, Tensor], their_name: Callable[[str, nn.Module], str],
-                 path: str | Path, **how) -> nn.Module:
-    """Strict, see `checkpoint.fill`; their_name(name, network) is what the file calls the parameter that we call `name`."""
-    return checkpoint.fill(network, state, path, lambda name: their_name(name, network), **how)
 
 
 def cut(state: dict[str, Tensor], table: Pieces) -> dict[str, Tensor]:
@@ -83,21 +76,17 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f'there is no file or folder {path}')
-    files = [path] if path.is_file() else sorted(path.glob('*.safetensors'))
-    index = list(path.glob('*.safetensors.index.json')) if path.is_dir() else []
-    if (usual := path / f'{WEIGHTS}.safetensors.index.json') in index:         # beside the same in half precision, say
-        index = [usual]
-    elif not index and (usual := path / f'{WEIGHTS}.safetensors') in files:
-        files = [usual]
-    if index:                                            # sharded: the index says which files belong together
-        with checkpoint.blaming(index[0]):
-            names = sorted(set(json.loads(index[0].read_text())['weight_map'].values()))
+    files = [path] if path.is_file() else sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
+    files = [file for file in files if file.name.startswith(f'{WEIGHTS}.safetensors')] or files      # beside half precision, say
+    if len(files) != 1:
+        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files, or indexes of such: give the path of one')
+    if files[0].suffix == '.json':                       # sharded: the index says which files belong together
+        index = files[0]
+        with checkpoint.blaming(index):
+            names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
             if odd := [name for name in names if Path(name).name != name or not name.endswith('.safetensors')]:
                 raise ValueError(f'it names {odd[0]!r:.100}: expected .safetensors files, which must lie beside it')
-        files = [path / name for name in names]
-    if len(files) == 0 or (len(files) > 1 and not index):
-        raise FileNotFoundError(f'{path} holds {len(files)} .safetensors files and no index: '
-                                'give the path of one file')
+        files = [index.parent / name for name in names]
     state = {}
     for file in files:
         with checkpoint.blaming(file):

@@ -1,4 +1,4 @@
-"""Read the weights of other projects, and write them back.
+"""The weights of `video-diffusion-pytorch` 0.6, read and written.
 
 A conversion is a table of names: the best map between two code bases. Where shapes differ, it is by axes
 of size one, because the other project writes per-frame layers as 3-D convolutions.

@@ -8,14 +8,12 @@ one here, and a temporal convolution's kernel, 3x1x1 there, has no last axis her
 """
 
 import re
+from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from .. import checkpoint
 from ..vae.temporal_vae import TemporalVAE
-from .files import load_renamed, read_config, read_safetensors, renamed, write_pretrained
+from .files import cut, joined, read_config, read_safetensors, renamed, write_pretrained
 
 # Applied in this order to our name of a parameter.
 TO_DIFFUSERS = [
@@ -32,12 +30,14 @@ TO_DIFFUSERS = [
     (r'encoder\.middle1', 'encoder.mid_block.resnets.0'),
     (r'encoder\.middle2', 'encoder.mid_block.resnets.1'),
     (r'middle_attention', 'mid_block.attentions.0'),
+    (r'attentions\.0\.to_qkv', 'attentions.0'),
     (r'attentions\.0\.norm', 'attentions.0.group_norm'),
     (r'attentions\.0\.to_out', 'attentions.0.to_out.0'),
     (r'encoder\.quant_conv', 'quant_conv'),
     (r'\.norm_out\.', '.conv_norm_out.'),
     (r'\.shortcut\.', '.conv_shortcut.'),
 ]
+PIECES = [(r'.*\.attentions\.0', ('to_q', 'to_k', 'to_v'))]
 
 
 def temporal_vae_from_diffusers(path: str | Path) -> TemporalVAE:
@@ -48,8 +48,9 @@ def temporal_vae_from_diffusers(path: str | Path) -> TemporalVAE:
     # Its decoder creates these and never runs them: with one block per level the attention, with three the third.
     unused = r'decoder\.mid_block\.' + ('attentions' if config['layers_per_block'] == 1 else r'resnets\.([2-9]|\d\d)')
     with checkpoint.blaming(path):
-        state = ours_in_form({name: w for name, w in state.items() if not re.match(unused, name)})
-    return load_renamed(vae, state, lambda name, _: renamed(name, TO_DIFFUSERS), path)
+        state = {name: w.squeeze(-1) if w.ndim == 5 else w for name, w in state.items() if not re.match(unused, name)}
+        state = joined(state, PIECES)
+    return checkpoint.fill(vae, state, path, partial(renamed, table=TO_DIFFUSERS))
 
 
 def vae_of_diffusers(config: dict) -> TemporalVAE:
@@ -68,30 +69,11 @@ def temporal_vae_to_diffusers(vae: TemporalVAE, folder: str | Path):
         raise ValueError(f"dim_mults={config['dim_mults']}, norm_groups={config['norm_groups']}: diffusers' network has the "
                          'form dim_mults=(1, ...), norm_groups=32 only')
     channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
-    state = {renamed(name, TO_DIFFUSERS): w for name, w in vae.state_dict().items()}
-    write_pretrained(folder, theirs_in_form(state), {
+    state = {renamed(name, TO_DIFFUSERS): w.unsqueeze(-1) if w.shape[2:] == (3, 1) else w for name, w in vae.state_dict().items()}
+    write_pretrained(folder, cut(state, PIECES), {
         '_class_name': 'AutoencoderKLTemporalDecoder',
         'in_channels': config['in_channels'], 'out_channels': config['out_channels'],
         'latent_channels': config['latent_channels'], 'block_out_channels': channels,
         'down_block_types': ['DownEncoderBlock2D'] * len(channels),
         'layers_per_block': config['blocks_per_level'], 'scaling_factor': vae.scaling_factor,
     })
-
-
-def ours_in_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {name: w.squeeze(-1) if w.ndim == 5 else w for name, w in state.items()}
-    for q in [name for name in state if '.to_q.' in name]:
-        three = [q.replace('.to_q.', f'.to_{kind}.') for kind in 'qkv']
-        if all(name in state for name in three):
-            state[q.replace('.to_q.', '.to_qkv.')] = torch.cat([state.pop(name) for name in three])
-    return state
-
-
-def theirs_in_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    result = {}
-    for name, w in state.items():
-        if '.to_qkv.' in name:
-            result |= {name.replace('.to_qkv.', f'.to_{kind}.'): part for kind, part in zip('qkv', w.chunk(3))}
-        else:
-            result[name] = w.unsqueeze(-1) if w.shape[2:] == (3, 1) else w
-    return result
