@@ -105,10 +105,11 @@ def test_the_critic_and_the_vae_each_learn_from_their_own_loss(clips, tmp_path):
         assert any(not torch.equal(value, state[key]) for key, value in trainer.parts[name].state_dict().items())
 
 
-def test_only_the_decoder_learns_if_asked(clips, tmp_path):
+@pytest.mark.parametrize('image_steps', [0, 1])        # clips from the first step on, or images before
+def test_only_the_decoder_learns_if_asked(clips, tmp_path, image_steps):
     vae = small_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    make_trainer(clips, tmp_path, vae, only_train_decoder=True, train_num_steps=2).train()
+    make_trainer(clips, tmp_path, vae, only_train_decoder=True, image_steps=image_steps, train_num_steps=2).train()
     changed = {name.split('.')[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {'decoder'}
 

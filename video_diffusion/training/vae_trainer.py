@@ -191,7 +191,7 @@ class VAETrainer(TrainingLoop):
         would blur. Their sum, put on the present frame, treats each frame of a clip as the image that it has learnt.
         """
         for module in self.vae.modules():
-            if isinstance(module, CausalConv3d):
+            if isinstance(module, CausalConv3d) and module.weight.requires_grad:      # a frozen encoder stays as it is
                 module.forget_the_past()
         self.ema.copy()
 
