@@ -331,6 +331,8 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
     (('--timeout', 0), 'timeout=0.0: give a number above 0, at most 86400'), (('--timeout', 'nan'), 'timeout=nan'),
     (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
     (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
+    (('--lora', 0), '--lora and --lora-alpha: adapters lie beside trained weights'),
+    (('--lora-alpha', 0), '--lora and --lora-alpha: adapters lie beside trained weights'),
     (('--quick',), '--quick: it is a U-Net in a smaller toy world'),
     (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),
 ])
