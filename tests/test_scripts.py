@@ -420,6 +420,16 @@ def test_clips_are_cut_to_what_fits_the_vae(run, clips):
 
 
 @pytest.mark.slow
+def test_of_several_processes_one_reconstructs(run, clips):
+    shapes.make_shapes('toy', 10, image_size=16, num_frames=3)
+    run('train.py', 'toy', *SMALL_VAE)
+    two = subprocess.run([*together.COMMAND, '2', str(ROOT / 'sample.py'), 'results_vae', '--reconstruct', 'toy/00003.gif', '--device', 'cpu'],
+                         check=True, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert two.stdout.count('dB PSNR') == 1
+    assert {path.name for path in Path('samples').iterdir()} == {'00003-reconstructed.gif', '00003-compared.gif'}
+
+
+@pytest.mark.slow
 def test_fine_tuning_takes_over_weights_and_their_sizes(run):
     source = CausalVAE(dim=4, dim_mults=(1, 2), latent_channels=2, blocks_per_level=1, time_compression=2, norm_groups=2)
     causal_vae_to_diffusers(source, 'given')
