@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_workers import Workers
 from test_trainer import assert_same_state
 
-from video_diffusion import gif_to_tensor, shapes
+from video_diffusion import checkpoint, gif_to_tensor, shapes
 from video_diffusion.distributed import Processes, data_and_frames_mesh
 from video_diffusion.training.vae_trainer import VAETrainer, start_from
 from video_diffusion.vae.causal_vae import CausalVAE
@@ -252,6 +252,17 @@ def test_what_cannot_work_is_refused(clips, tmp_path):
         make_trainer(clips, tmp_path, disc_start=1).load(-1)
     with pytest.raises(ValueError, match='holds no VAE'):
         vae_from_state({**trainer.state_dict(), 'config': {'unet': {}}})
+
+
+def test_another_number_of_held_out_clips_is_refused(tmp_path):
+    clips = shapes.make_shapes(tmp_path / 'clips', 20, image_size=16, num_frames=5)
+    make_trainer(clips, tmp_path, train_num_steps=1).train()
+    with pytest.raises(ValueError, match='held 2 clips out, this run 1: .* measured on clips that it was trained on'):
+        make_trainer(clips, tmp_path, held_out=1).load(-1)
+    make_trainer(clips, tmp_path, held_out=9).load(-1)                     # a tenth is two, however many were asked for
+    state = checkpoint.load_run(tmp_path)
+    assert state.pop('held_out') == 2
+    make_trainer(clips, tmp_path, held_out=1).load_state_dict(state)       # from before this was written down
 
 
 # Several processes

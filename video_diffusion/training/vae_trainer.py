@@ -265,6 +265,17 @@ class VAETrainer(TrainingLoop):
     def config(self) -> dict:
         return vae_config(self.vae)
 
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), 'held_out': len(self.held_out)}
+
+    def load_state_dict(self, state: dict, strict: bool = True) -> None:
+        mine = len(self.held_out)
+        theirs = state.get('held_out', mine)                 # older checkpoints do not say
+        if theirs != mine:
+            raise ValueError(f'the checkpoint held {theirs} clips out, this run {mine}: give the same number and the same folder, '
+                             'or it would be measured on clips that it was trained on')
+        super().load_state_dict(state, strict)
+
 
 def check_frames(frames: int, compression: int) -> None:
     if not has_special_first_frame(frames, compression) and compression > 1:
