@@ -122,7 +122,8 @@ def main() -> None:
         idle = given.keys() - {'checkpoint', 'reconstruct', 'frames', 'out', 'format', 'fps', 'overwrite', 'device', 'debug'}
         if idle:
             raise ValueError(f'--{min(idle).replace("_", "-")} has no meaning with --reconstruct')
-        reconstruct(vae_from_state(state).to(processes.device), args)
+        if processes.is_main:                                          # one clip is not shared out
+            reconstruct(vae_from_state(state).to(processes.device), args)
     else:
         draw(state, args, given, processes)
     distributed.close()

@@ -102,6 +102,8 @@ def test_a_sound_checkpoint_of_another_kind_says_who_reads_it(runs):
             if model.__name__ != kind:
                 with pytest.raises(ValueError, match=f'^the checkpoint holds a {kind}: read it with {reader}$'):
                     model.from_state(copy.deepcopy(state))
+    with pytest.raises(ValueError, match='^the checkpoint holds a VAE: read it with vae_from_checkpoint$'):
+        diffusion_from_state(held['VAE'])
 
 
 def test_a_model_made_from_a_state_in_memory_does_not_share_it(runs):

@@ -4,6 +4,7 @@ alike. Through train.py, on tiny random folders of CogVideoX and on models of th
 import csv
 import gc
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from test_trainer import CPU, assert_same_state
 
 from video_diffusion import GaussianDiffusion, Trainer, Unet3D, checkpoint, diffusion_from_checkpoint, load_lora, shapes
 from video_diffusion.networks.text import T5Encoder
+from video_diffusion.training import finetune
 from video_diffusion.training.finetune import ADAM, begin_with
 from video_diffusion.training.held_out import COLUMNS
 from video_diffusion.weights import cogvideox_from_folder
@@ -252,6 +254,12 @@ def test_blocks_of_a_trained_unet_too_may_be_computed_twice():
     assert kept[1] < 0.6 * kept[0]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_example_at_the_top_says_all_that_is_asked():
+    unet = GaussianDiffusion(Unet3D(8, dim_mults=(1, 2), attn_heads=1), image_size=8, num_frames=2, timesteps=20)
+    example = re.search(r'caches\(.*?\)', finetune.__doc__)[0]
+    assert eval(example, dict(caches=finetune.caches, diffusion=unet)) == dict(latent_cache=None, caption_cache=None)
 
 
 # what cannot be

@@ -8,7 +8,9 @@ from test_trainer import assert_same_state, clips, make_trainer  # noqa: F401, c
 from torch import nn
 
 from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, checkpoint
-from video_diffusion.training.muon import Muon, orthogonal, split
+from video_diffusion.training.muon import MATRICES, Muon, orthogonal, split
+from video_diffusion.vae.causal_vae import CausalVAE
+from video_diffusion.vae.temporal_vae import TemporalVAE
 
 
 @pytest.mark.parametrize('rows, columns', [(6, 20), (20, 6), (7, 7), (1, 5)])
@@ -121,6 +123,17 @@ def test_which_weights_are_matrices():
             'denoise_fn.init_temporal_attention.to_qkv.weight', 'denoise_fn.mid_block1.block1.conv.weight',
             'denoise_fn.final_block.shortcut.weight'} <= names
     assert len(matrices) + len(others) == sum(w.requires_grad for w in diffusion.parameters())
+
+
+def test_the_first_and_last_layers_of_both_vaes_are_adams():
+    sizes = dict(dim=8, dim_mults=(1, 2), blocks_per_level=1, norm_groups=4)
+    ends = {f'{part}.{end}' for part in ('encoder', 'decoder') for end in ('conv_in', 'conv_out')}
+    for vae, more in ((CausalVAE(**sizes, time_compression=2), set()),
+                      (TemporalVAE(**sizes), {'encoder.quant_conv', 'decoder.time_conv_out'})):
+        others = {id(w) for w in split(vae)[1]}
+        layers = {name for name, module in vae.named_modules() if isinstance(module, MATRICES) and id(module.weight) in others}
+        assert {name.removesuffix('.conv') for name in layers} == ends | more
+        assert id(vae.last_layer) in others
 
 
 @pytest.mark.slow

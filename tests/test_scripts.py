@@ -331,6 +331,8 @@ def test_our_own_faults_keep_their_traceback(run, clips, monkeypatch):
     (('--timeout', 0), 'timeout=0.0: give a number above 0, at most 86400'), (('--timeout', 'nan'), 'timeout=nan'),
     (('--seed', 2 ** 64), 'seed=18446744073709551616'), (('--batch-size', -1), 'train_batch_size=-1'),
     (('--toy-clips', 3, 'clips/'), '--toy-clips: the toy world is drawn only where no folder is given'),
+    (('--lora', 0), '--lora and --lora-alpha: adapters lie beside trained weights'),
+    (('--lora-alpha', 0), '--lora and --lora-alpha: adapters lie beside trained weights'),
     (('--quick',), '--quick: it is a U-Net in a smaller toy world'),
     (('--vae', 'nowhere', '--channels', 3), '--channels: with --vae they are those of the VAE'),
 ])
@@ -415,6 +417,16 @@ def test_clips_are_cut_to_what_fits_the_vae(run, clips):
     video_tensor_to_gif(torch.rand(3, 6, 17, 23), 'odd.gif')
     code, out, _ = run('sample.py', 'results_vae', '--reconstruct', 'odd.gif', '--device', 'cpu')
     assert code == 0 and gif_to_tensor('samples/odd-reconstructed.gif').shape == (3, 5, 16, 22)
+
+
+@pytest.mark.slow
+def test_of_several_processes_one_reconstructs(run, clips):
+    shapes.make_shapes('toy', 10, image_size=16, num_frames=3)
+    run('train.py', 'toy', *SMALL_VAE)
+    two = subprocess.run([*together.COMMAND, '2', str(ROOT / 'sample.py'), 'results_vae', '--reconstruct', 'toy/00003.gif', '--device', 'cpu'],
+                         check=True, capture_output=True, text=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert two.stdout.count('dB PSNR') == 1
+    assert {path.name for path in Path('samples').iterdir()} == {'00003-reconstructed.gif', '00003-compared.gif'}
 
 
 @pytest.mark.slow

@@ -188,9 +188,10 @@ def test_the_perceptual_loss_is_the_distance_of_unit_features(vgg):
 
 
 def test_a_perceptual_loss_without_weights_says_where_they_are(tmp_path):
-    for path in (None, tmp_path / 'none.pth'):
-        with pytest.raises(FileNotFoundError, match='vgg16-397923af.pth'):
-            PerceptualLoss(path)
+    with pytest.raises(FileNotFoundError, match='vgg16-397923af.pth'):
+        PerceptualLoss(tmp_path / 'none.pth')
+    with pytest.raises(TypeError, match="'weights'"):                          # there is no default that could work
+        PerceptualLoss()
     torch.save({'features.0.weight': torch.zeros(1)}, tmp_path / 'other.pth')
     with pytest.raises(ValueError, match='other.pth .*VGG16.* does not fit.*missing'):
         PerceptualLoss(tmp_path / 'other.pth')

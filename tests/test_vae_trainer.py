@@ -13,7 +13,7 @@ import torch.distributed as dist
 from gloo_workers import Workers
 from test_trainer import assert_same_state
 
-from video_diffusion import gif_to_tensor, shapes
+from video_diffusion import checkpoint, gif_to_tensor, shapes
 from video_diffusion.distributed import Processes, data_and_frames_mesh
 from video_diffusion.training.vae_trainer import VAETrainer, start_from
 from video_diffusion.vae.causal_vae import CausalVAE
@@ -105,10 +105,11 @@ def test_the_critic_and_the_vae_each_learn_from_their_own_loss(clips, tmp_path):
         assert any(not torch.equal(value, state[key]) for key, value in trainer.parts[name].state_dict().items())
 
 
-def test_only_the_decoder_learns_if_asked(clips, tmp_path):
+@pytest.mark.parametrize('image_steps', [0, 1])        # clips from the first step on, or images before
+def test_only_the_decoder_learns_if_asked(clips, tmp_path, image_steps):
     vae = small_vae()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    make_trainer(clips, tmp_path, vae, only_train_decoder=True, train_num_steps=2).train()
+    make_trainer(clips, tmp_path, vae, only_train_decoder=True, image_steps=image_steps, train_num_steps=2).train()
     changed = {name.split('.')[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {'decoder'}
 
@@ -251,6 +252,17 @@ def test_what_cannot_work_is_refused(clips, tmp_path):
         make_trainer(clips, tmp_path, disc_start=1).load(-1)
     with pytest.raises(ValueError, match='holds no VAE'):
         vae_from_state({**trainer.state_dict(), 'config': {'unet': {}}})
+
+
+def test_another_number_of_held_out_clips_is_refused(tmp_path):
+    clips = shapes.make_shapes(tmp_path / 'clips', 20, image_size=16, num_frames=5)
+    make_trainer(clips, tmp_path, train_num_steps=1).train()
+    with pytest.raises(ValueError, match='held 2 clips out, this run 1: .* measured on clips that it was trained on'):
+        make_trainer(clips, tmp_path, held_out=1).load(-1)
+    make_trainer(clips, tmp_path, held_out=9).load(-1)                     # a tenth is two, however many were asked for
+    state = checkpoint.load_run(tmp_path)
+    assert state.pop('held_out') == 2
+    make_trainer(clips, tmp_path, held_out=1).load_state_dict(state)       # from before this was written down
 
 
 # Several processes

@@ -340,8 +340,6 @@ class LatentDiffusion(nn.Module):
 
 def diffusion_from_state(state: dict, text_encoder: str | None = None) -> GaussianDiffusion | LatentDiffusion:
     """Whatever diffusion model a Trainer saved, with its averaged weights."""
-    if 'vae' in state['config']:
-        raise ValueError('the checkpoint holds a VAE, not a diffusion model')
     return (LatentDiffusion if 'latent' in state['config'] else GaussianDiffusion).from_state(state, text_encoder)
 
 

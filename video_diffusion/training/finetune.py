@@ -14,7 +14,7 @@ The step is that of any other run. What differs is what comes before it, and how
 - All that a new network needs, more of the noisy steps and large learning rates, would ruin a trained one.
 
 >>> begin_with(diffusion, torch.device('cuda'), rank=128)
->>> trainer = Trainer(diffusion, 'my_videos', **caches('CogVideoX-2b', diffusion), weight_decay=1e-4, ...)
+>>> trainer = Trainer(diffusion, 'my_videos', **caches('CogVideoX-2b', diffusion, clips_change=False), weight_decay=1e-4, ...)
 """
 
 from pathlib import Path

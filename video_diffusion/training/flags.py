@@ -173,9 +173,9 @@ def together(args: argparse.Namespace, given: dict) -> list[tuple[bool, str]]:
         (args.init and sizes & given.keys(), '--init: the sizes of the VAE are those of its weights; leave --channels, --dim, '
          '--dim-mults, --time-compression and --latent-channels out'),
         (args.model and not args.folder, '--model: give a folder of clips to fine-tune on'),
-        ((args.lora or args.lora_alpha) and not args.model, '--lora and --lora-alpha: adapters lie beside trained weights, so give '
-         '--model too'),
-        (args.lora_alpha and not args.lora, '--lora-alpha: it is the strength of adapters, so give --lora too'),
+        ((args.lora is not None or args.lora_alpha is not None) and not args.model, '--lora and --lora-alpha: adapters lie beside '
+         'trained weights, so give --model too'),
+        (args.lora_alpha is not None and args.lora is None, '--lora-alpha: it is the strength of adapters, so give --lora too'),
         (args.ignore and not args.init, '--ignore: names weights that --init is not to take over, and there is no --init'),
         (args.cache_latents and not args.vae, '--cache-latents: there are latents only with a VAE, so give --vae too'),
         (args.known_frames and args.frame_noise == 'independent', '--known-frames: with --frame-noise independent known frames are '

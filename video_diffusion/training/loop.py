@@ -327,7 +327,8 @@ class TrainingLoop(ABC):
                 if isinstance(part, torch.optim.Optimizer):
                     shard.load(part, checkpoint.moments(state[name], part))
                 elif part is not self.scaler or state[name]:   # a run without fp16 had no scale: begin with the usual one
-                    shard.load(part, state[name], **({} if strict or name != 'model' else {'strict': False}))
+                    lax = not strict and name == 'model' and isinstance(part, nn.Module)       # adapters are always whole
+                    shard.load(part, state[name], **({'strict': False} if lax else {}))
             self.step, self.seed, self.seconds = int(state['step']), int(state['seed']), float(state['seconds'])
             step, milestone = state.get('counted_from', (0, 0))
             self.counted_from = int(step), int(milestone)

@@ -22,7 +22,8 @@ from .loop import adam as plain_adam
 from .shard import is_share, share
 
 MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)   # layers whose weight is one
-ENDS = ('init_conv', 'final_conv', 'from_patches', 'to_patches', 'conv_in', 'conv_out')       # of pixels or latents
+ENDS = ('init_conv', 'final_conv', 'from_patches', 'to_patches', 'conv_in', 'conv_out',       # of pixels or latents
+        'quant_conv', 'time_conv_out')
 
 
 def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -191,7 +191,7 @@ class VAETrainer(TrainingLoop):
         would blur. Their sum, put on the present frame, treats each frame of a clip as the image that it has learnt.
         """
         for module in self.vae.modules():
-            if isinstance(module, CausalConv3d):
+            if isinstance(module, CausalConv3d) and module.weight.requires_grad:      # a frozen encoder stays as it is
                 module.forget_the_past()
         self.ema.copy()
 
@@ -264,6 +264,17 @@ class VAETrainer(TrainingLoop):
 
     def config(self) -> dict:
         return vae_config(self.vae)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), 'held_out': len(self.held_out)}
+
+    def load_state_dict(self, state: dict, strict: bool = True) -> None:
+        mine = len(self.held_out)
+        theirs = state.get('held_out', mine)                 # older checkpoints do not say
+        if theirs != mine:
+            raise ValueError(f'the checkpoint held {theirs} clips out, this run {mine}: give the same number and the same folder, '
+                             'or it would be measured on clips that it was trained on')
+        super().load_state_dict(state, strict)
 
 
 def check_frames(frames: int, compression: int) -> None:

@@ -42,8 +42,8 @@ class PerceptualLoss:
 
     layers = (3, 8, 15, 22, 29)                          # the last ReLU before each of VGG16's poolings, and the last
 
-    def __init__(self, weights: str | Path | None = None, device: torch.device | str = 'cpu'):
-        if weights is None or not Path(weights).is_file():
+    def __init__(self, weights: str | Path, device: torch.device | str = 'cpu'):
+        if not Path(weights).is_file():
             raise FileNotFoundError(
                 f'the perceptual loss needs the weights of VGG16, and there is no file {weights}: fetch '
                 'https://download.pytorch.org/models/vgg16-397923af.pth and give its path, or leave this loss off')
