@@ -96,6 +96,7 @@ class VAETrainer(TrainingLoop):
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
         self.vae = vae.to(processes.device).train()
+        vae.requires_grad_(True)                                        # a LatentDiffusion may have frozen it
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
         self.kl_weight, self.image_share, self.image_steps = kl_weight, image_share, image_steps
