@@ -495,6 +495,19 @@ def test_amp_is_refused_where_it_would_be_slow_and_used_where_not(clips, tmp_pat
     assert seen[0] == torch.bfloat16 and seen[-1] == torch.float32  # training, and sampling
 
 
+def test_weights_of_few_bits_do_not_learn(clips, tmp_path):
+    with pytest.raises(ValueError, match=r'weights that learn are torch.bfloat16: give model.float\(\), and amp=True'):
+        train_on_bits(clips, tmp_path, torch.nn.Module.bfloat16)
+    train_on_bits(clips, tmp_path, lambda network: network.bfloat16().requires_grad_(False))      # frozen, beside what learns
+
+
+def train_on_bits(clips, tmp_path, change):
+    unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, text_encoder=WordEncoder(8))
+    change(unet)
+    return Trainer(diffusion, clips, results_folder=tmp_path, processes=CPU)
+
+
 def test_ema_is_its_formula_and_swaps_back_after_an_error():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)

@@ -35,7 +35,7 @@ from .ema import EMA
 from .interrupt import Stopped, StopRequest
 from .lock import hold, refuse_another_run
 from .log import add_rows, begin_log
-from .precision import amp_dtype, use_tensor_cores
+from .precision import amp_dtype, refuse_few_bits, use_tensor_cores
 
 
 class TrainingLoop(ABC):
@@ -70,6 +70,7 @@ class TrainingLoop(ABC):
             whole(name, value, 1)
         number('max_grad_norm', max_grad_norm, above=0)
         whole('seed', seed, 0, 2 ** 63 - 1)
+        refuse_few_bits(model)
         self.processes, self.device = processes, processes.device
         self.amp_dtype = amp_dtype(self.device) if amp else None
         use_tensor_cores(processes)
