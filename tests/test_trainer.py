@@ -508,6 +508,11 @@ def train_on_bits(clips, tmp_path, change):
     return Trainer(diffusion, clips, results_folder=tmp_path, processes=CPU)
 
 
+def test_a_diffusion_of_latents_needs_its_vae(clips, tmp_path):
+    with pytest.raises(ValueError, match='one of latents.*a folder holds pixels: give the LatentDiffusion around it'):
+        make_trainer(clips, tmp_path, diffusion=dict(latents=True, objective='v'))
+
+
 def test_ema_is_its_formula_and_swaps_back_after_an_error():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)

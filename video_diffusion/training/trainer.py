@@ -284,6 +284,9 @@ def check_options(
     diffusion: GaussianDiffusion, num_frames: int | None, num_sample_rows: int, noise_bias: float, null_cond_prob: float,
     images: bool, latent_cache: str | Path | None, compile: bool, shard: bool,
 ) -> None:
+    if isinstance(diffusion, GaussianDiffusion) and diffusion.latents:
+        raise ValueError('this GaussianDiffusion is one of latents (latents=True), and a folder holds pixels: give the '
+                         'LatentDiffusion around it')
     if num_frames not in (None, diffusion.num_frames):
         warnings.warn(f'num_frames={num_frames} has no effect: the diffusion was built for {diffusion.num_frames} frames',
                       stacklevel=3)
