@@ -332,3 +332,15 @@ def test_network_errors_say_which_sizes_fit():
         conditional(torch.rand(1, 3, 2, 8, 8), t, cond=torch.rand(1, 5))
     with pytest.raises(ValueError, match='odd'):
         Unet3D(8, init_kernel_size=4)
+
+
+def test_what_a_loss_is_asked_with_is_checked():
+    diffusion, video, cond = tiny(cond_dim=4), torch.rand(2, 3, 3, 8, 8), torch.randn(2, 4)
+    for share in (-0.1, 1.5, float('nan')):
+        with pytest.raises(ValueError, match='null_cond_prob=.*: give a number from 0 to 1'):
+            diffusion(video, cond, null_cond_prob=share)
+    with pytest.raises(ValueError, match=r'noise has shape \(1, 3, 3, 8, 8\): expected that of the videos, \(2, 3, 3, 8, 8\)'):
+        diffusion(video, cond, noise=torch.randn(1, 3, 3, 8, 8))
+    with pytest.raises(ValueError, match='known was given, but the network is never told frames'):
+        diffusion(video, cond, known=video)
+    diffusion(video, cond, noise=torch.randn_like(video), null_cond_prob=1.)

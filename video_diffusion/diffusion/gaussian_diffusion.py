@@ -27,7 +27,7 @@ from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
-from .objective import LOSSES, check_objective, check_parts, min_snr_weight, target, to_x0
+from .objective import LOSSES, check_loss, check_objective, check_parts, min_snr_weight, target, to_x0
 from .sampling import Request, Sampling, draw
 
 
@@ -104,8 +104,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
         self.check(video)
-        if known_mask is not None and not self.prob_cond_frames:
-            raise ValueError('known_mask was given, but the network is never told frames: prob_cond_frames is 0')
+        known_frames.check_told(self.prob_cond_frames, known, known_mask)
         x0 = self.to_network(video)
         if t is None:
             drawn = self.draw_steps(torch.randint(0, self.num_timesteps, (len(x0),)))
@@ -121,7 +120,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         *, reduction: str = 'mean', own_steps: list[int | None] | None = None, **network,
     ) -> Tensor:
         """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
-        one_of('reduction', reduction, ('mean', 'none'))
+        check_loss(x_start, noise, reduction, network.get('null_cond_prob'))
         noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
         cond = self.embed(cond)
         seen = x_start if own_steps is None else frame_levels.as_drawn(self, x_start, t, noise, cond, own_steps)

@@ -111,3 +111,10 @@ def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor 
         raise ValueError('first_frames says all about the known frames: leave known and known_mask out, or give only them')
     if (known is None) != (mask is None):
         raise ValueError('known and known_mask belong together: give the videos and which of their frames are known')
+
+
+def check_told(share: float, known: Tensor | None, mask: Tensor | None) -> None:
+    """In training, to a network that is told frames of this share of the clips."""
+    for name, given in dict(known=known, known_mask=mask).items():
+        if given is not None and not share:
+            raise ValueError(f'{name} was given, but the network is never told frames: prob_cond_frames is 0')
