@@ -549,6 +549,16 @@ def test_learning_rate_schedules_at_their_corners():
     assert [factor(step) for step in (10, 35, 60, 110, 500)] == pytest.approx([1, 0.8, 0.6, 0.2, 0.2])
 
 
+def test_schedules_of_nothing_are_named():
+    for make in (lr_schedule.warmup_cosine, lr_schedule.warmup_linear):
+        with pytest.raises(ValueError, match='total=0: give a whole number, 1 or more'):
+            make(0)
+        with pytest.raises(ValueError, match='warmup=-1: give a whole number, 0 or more'):
+            make(10, -1)
+    with pytest.raises(ValueError, match='warmup=-1: give'):
+        lr_schedule.constant(-1)
+
+
 def test_cycles_have_their_own_lengths_and_maxima_and_the_last_one_repeats():
     factor = lr_schedule.cycles([10, 40], [1., 0.5], warmup=4, final=0.1)
     first, second = lr_schedule.warmup_cosine(10, 4, 0.1), lr_schedule.warmup_cosine(40, 4, 0.1)

@@ -102,7 +102,8 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
         given = 'nothing' if mask is None else f'{mask.dtype} of shape {tuple(mask.shape)}'
         raise ValueError(f'known_mask says which frames are known: expected bools of shape ({frames},) or ({batch}, {frames}), '
                          f'got {given}')
-    return known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
+    known, mask = known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
+    return torch.where(mask[:, None, :, None, None], known, 0), mask               # what is unknown may be NaN
 
 
 def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None) -> None:
