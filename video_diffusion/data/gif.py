@@ -31,6 +31,7 @@ from einops import rearrange
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from ..checks import tensor as check_tensor
 from ..checks import whole
 from .frames import CHANNELS, Size, check_ending, check_request, check_size, collect, fit, grey, naming, nearest, read_bytes
 
@@ -236,6 +237,7 @@ class Pictures(Sequence):
 
     def __init__(self, tensor: Tensor, scale: int | None = 1):
         whole('scale', scale, 1)
+        check_tensor('video', tensor)
         video = tensor if tensor.ndim == 5 else tensor[None]
         if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
             raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), '

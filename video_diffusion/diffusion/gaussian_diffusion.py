@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import floats_in_0_1, number, one_of, video_shape, whole
+from ..checks import floats_in_0_1, instance, number, one_of, video_shape, whole
 from ..networks import network_config, network_from_config, same_network
 from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
@@ -56,6 +56,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         latents: bool = False,                    # videos are latents: centred on 0 and unbounded, not in [0, 1]
         frame_noise: str = 'shared',              # 'independent': each frame has a noise of its own; see frame_levels.py
     ):
+        instance('denoise_fn', denoise_fn, nn.Module)
         whole('num_frames', num_frames, 1)
         whole('channels', channels, 1)
         for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():

@@ -26,6 +26,7 @@ Videos here are (b c f h w) in [-1, 1], masks (b f) bool.
 import torch
 from torch import Tensor
 
+from ..checks import tensor
 from .frame_levels import CLEAN
 from .samplers import Denoiser
 
@@ -84,6 +85,7 @@ def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight
 
 def beginning(first_frames: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     """A beginning (b c k h w) as the known frames of a clip (b c f h w), and their mask (f)."""
+    tensor('first_frames', first_frames)
     length = first_frames.shape[2] if first_frames.ndim == 5 else 0
     if not 1 <= length < frames:
         raise ValueError(f'first_frames has shape {tuple(first_frames.shape)}: expected (batch, channels, 1 to {frames - 1} '

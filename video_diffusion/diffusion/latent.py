@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import number, video_shape, whole
+from ..checks import instance, number, video_shape, whole
 from ..vae.frame_shares import has_special_first_frame, latent_shape
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
@@ -66,6 +66,7 @@ class LatentDiffusion(nn.Module):
         image_scale: float | None = None,         # the network is told an image alone, its latents times this; None: first frames
     ):
         super().__init__()
+        instance('diffusion', diffusion, GaussianDiffusion)
         self.num_frames = 1 + vae.time_compression * (diffusion.num_frames - 1) if num_frames is None else num_frames
         self.height, self.width = (side * vae.space_compression for side in (diffusion.height, diffusion.width))
         self.channels = vae.config['in_channels']

@@ -86,6 +86,8 @@ class VAETrainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
+        if not hasattr(vae, 'encoder'):
+            raise TypeError(f'vae is a {type(vae).__name__}, which has no encoder: give a VAE')
         given, processes = locals(), processes or Processes(device=best_device())
         processes.agree(settings_of(given, vae_config(vae)))
         refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
