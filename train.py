@@ -137,8 +137,10 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
     if not captioned and given.keys() & {'cond_scale', 'null_cond_prob'}:
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
+    if args.frame_numbers is None:
+        args.frame_numbers = few_latents(args)
     network = new_network(args, channels, encoder, folder.captions if captioned else [], cond_frames=told > 0)
-    shift = schedule_shift(args, size, captioned)
+    shift = schedule_shift(args, (frames, height, width), captioned)
     diffusion = GaussianDiffusion(
         network, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps, loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
@@ -152,19 +154,24 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
                       args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
 
 
-def schedule_shift(args: argparse.Namespace, size: list[int], captioned: bool) -> float:
+def schedule_shift(args: argparse.Namespace, size: tuple[int, int, int], captioned: bool) -> float:
     """Over many pixels noise averages out, so a larger clip needs more of it before only its caption can tell what it shows
     (Hoogeboom et al. 2023, arXiv 2301.11093). 16x16 is what the other settings were chosen at."""
     if args.schedule_shift is None:
-        return max(1., size[1] * size[2] / 16 ** 2) if captioned and not args.vae else 1.
+        return max(1., size[1] * size[2] / 16 ** 2) if captioned and (not args.vae or few_latents(args)) else 1.
     return args.schedule_shift
+
+
+def few_latents(args: argparse.Namespace) -> bool:
+    """A U-Net in latents that are drawn all together. Their frames are few and far apart, so it has to be told which is the first."""
+    return bool(args.vae) and args.network == 'unet' and args.frame_noise == 'shared'
 
 
 def step_weights(args: argparse.Namespace, shift: float) -> dict:
     """See min_snr_weight in objective.py. A shifted schedule has the same steps at so many times less signal."""
     gamma = args.min_snr
     if gamma is None:
-        gamma = 1 / shift if args.objective == 'x0' and args.loss == 'l2' and args.frame_noise == 'shared' else 0
+        gamma = 0.25 / shift if few_latents(args) and args.objective == 'x0' and args.loss == 'l2' else 0
     return dict(min_snr_gamma=gamma, min_snr_power=args.min_snr_power) if gamma else {}
 
 
@@ -216,7 +223,7 @@ def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | 
         return DiT(args.dim, depth=args.depth, dim_head=args.attn_dim_head, patch=args.patch, frame_patch=args.frame_patch,
                    text_length=longest, **how)
     return Unet3D(args.dim, dim_mults=tuple(args.dim_mults), attn_heads=args.attn_heads, attn_dim_head=args.attn_dim_head,
-                  use_sparse_linear_attn=args.linear_attention, patch=args.patch, **how)
+                  use_sparse_linear_attn=args.linear_attention, patch=args.patch, frame_numbers=args.frame_numbers, **how)
 
 
 def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: distributed.Processes) -> None:

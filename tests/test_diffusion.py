@@ -6,7 +6,19 @@ from test_unet3d import SMALL, twins
 from torch import nn
 from video_diffusion_pytorch import GaussianDiffusion as PeerDiffusion
 
-from video_diffusion import CausalVAE, GaussianDiffusion, Unet3D, WordEncoder, samplers
+from video_diffusion import (
+    CausalVAE,
+    GaussianDiffusion,
+    LatentDiffusion,
+    Trainer,
+    Unet3D,
+    VAETrainer,
+    WordEncoder,
+    samplers,
+    shapes,
+    show,
+    video_tensor_to_gif,
+)
 from video_diffusion.diffusion.noise_schedule import build_schedule
 from video_diffusion.diffusion.objective import OBJECTIVES, target, to_noise
 
@@ -336,3 +348,33 @@ def test_network_errors_say_which_sizes_fit():
         conditional(torch.rand(1, 3, 2, 8, 8), t, cond=torch.rand(1, 5))
     with pytest.raises(ValueError, match='odd'):
         Unet3D(8, init_kernel_size=4)
+
+
+def test_what_a_loss_is_asked_with_is_checked():
+    diffusion, video, cond = tiny(cond_dim=4), torch.rand(2, 3, 3, 8, 8), torch.randn(2, 4)
+    for share in (-0.1, 1.5, float('nan')):
+        with pytest.raises(ValueError, match='null_cond_prob=.*: give a number from 0 to 1'):
+            diffusion(video, cond, null_cond_prob=share)
+    with pytest.raises(ValueError, match=r'noise has shape \(1, 3, 3, 8, 8\): expected that of the videos, \(2, 3, 3, 8, 8\)'):
+        diffusion(video, cond, noise=torch.randn(1, 3, 3, 8, 8))
+    with pytest.raises(ValueError, match='known was given, but the network is never told frames'):
+        diffusion(video, cond, known=video)
+    diffusion(video, cond, noise=torch.randn_like(video), null_cond_prob=1.)
+
+
+def test_wrong_objects_are_named(tmp_path):
+    diffusion, vae = tiny(), CausalVAE(latent_channels=2, dim=4, dim_mults=(1, 1), blocks_per_level=1, norm_groups=2, time_compression=2)
+    array = torch.rand(1, 3, 3, 8, 8).numpy()
+    for use in (diffusion, vae.encode, show, lambda video: video_tensor_to_gif(video, tmp_path / 'x.gif'), shapes.grade_all,
+                lambda video: diffusion.sample(first_frames=video[:, :, :1], batch_size=1)):
+        with pytest.raises(TypeError, match=r'is a numpy.ndarray: give a torch.Tensor \(torch.from_numpy\)'):
+            use(array)
+    with pytest.raises(TypeError, match=r'z is a DiagonalGaussian: give .sample\(\) or .mode\(\) of it'):
+        vae.decode(vae.encode(torch.from_numpy(array)))
+    for make, says in ((lambda: Trainer(diffusion.denoise_fn, tmp_path), 'diffusion is a Unet3D: give a GaussianDiffusion or a Latent'),
+                       (lambda: Trainer(tmp_path, diffusion), 'diffusion is a PosixPath'),
+                       (lambda: LatentDiffusion(vae, diffusion), 'diffusion is a CausalVAE: give a GaussianDiffusion'),
+                       (lambda: VAETrainer(diffusion, tmp_path, image_size=16, num_frames=3), 'vae is a GaussianDiffusion, which has no'),
+                       (lambda: GaussianDiffusion(Unet3D, image_size=8, num_frames=3), 'denoise_fn is the class Unet3D: give a Module')):
+        with pytest.raises(TypeError, match=says):
+            make()

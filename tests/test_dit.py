@@ -372,3 +372,9 @@ def test_what_needs_single_frames_is_refused_before_training(tmp_path):
         with pytest.raises(ValueError, match='train on frames one by one, and a DiT has no attention within single frames'):
             way()
     assert not list(tmp_path.glob('*.csv'))
+
+
+@pytest.mark.parametrize('setting', [dict(depth=-1), dict(depth=0), dict(patch=0), dict(frame_patch=0), dict(dim_head=0)])
+def test_sizes_of_nothing_are_named(setting):
+    with pytest.raises(ValueError, match=f'{next(iter(setting))}=.*: give a whole number, 1 or more'):
+        DiT(32, **{'dim_head': 16, **setting})

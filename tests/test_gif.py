@@ -351,3 +351,13 @@ def test_show_plays_in_a_notebook_and_says_what_it_is_elsewhere(tmp_path):
     assert base64.b64decode(shown._repr_html_().split('base64,')[1].split('"')[0]) == (tmp_path / 'a.gif').read_bytes()
     assert repr(shown) == '<2 videos of 4 frames, 5x6, 3 channels; in a notebook it plays>'
     assert repr(show(video[0])) == '<a video of 4 frames, 5x6, 3 channels; in a notebook it plays>'
+
+
+@pytest.mark.parametrize('name, duration, says', [
+    ('x.mp4', 120, 'x.mp4: this writes a GIF; video_tensor_to_mp4 writes films'), ('x.png', 120, 'this writes a GIF'),
+    ('x.gif', 9, 'duration=9: it is in milliseconds'), ('x.gif', 0.12, 'milliseconds')])
+def test_a_file_is_what_its_name_says_and_time_is_in_milliseconds(tmp_path, name, duration, says):
+    with pytest.raises(ValueError, match=says):
+        video_tensor_to_gif(torch.zeros(1, 1, 2, 2), tmp_path / name, duration)
+    assert not list(tmp_path.iterdir())
+    video_tensor_to_gif(torch.zeros(1, 1, 2, 2), tmp_path / 'X.GIF', 10)

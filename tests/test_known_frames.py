@@ -241,3 +241,11 @@ def test_a_network_that_was_never_told_cannot_be():
         tiny(told=0.).sample(first_frames=torch.rand(1, 3, 2, 8, 8), known_by='network', batch_size=1, steps=2, progress=False)
     with pytest.raises(ValueError, match='num_frames=5, overlap=4'):
         tiny().sample_long(5)
+
+
+def test_what_is_unknown_may_be_nan():
+    video, mask = torch.rand(1, 3, 4, 8, 8), torch.tensor([True, False, False, True])
+    video[:, :, 1:3] = float('nan')
+    known, rows = known_frames.for_batch(video, mask, 2)
+    assert known.shape == (2, 3, 4, 8, 8) and known.isfinite().all() and torch.equal(known[1][:, mask], video[0][:, mask])
+    assert rows.tolist() == 2 * [mask.tolist()]

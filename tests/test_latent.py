@@ -469,3 +469,12 @@ def test_editing_and_checkpoints_as_for_pixels(tmp_path):
     assert torch.equal(again.interpolate(video, other, t=3, lam=0.3, seed=1, progress=False), between)
     with pytest.raises(ValueError, match='expected .batch'):
         diffusion.ddim_invert(video[:, :, :1], steps=4)
+
+
+def test_a_scale_that_is_none_is_refused():
+    inner, vae = make().diffusion, make().vae
+    for scale in (0, -1., float('nan')):
+        with pytest.raises(ValueError, match='scale=.*: give a number above 0'):
+            LatentDiffusion(inner, vae, scale, num_frames=FRAMES)
+    with pytest.raises(ValueError, match='scale=None and nothing measured yet'):
+        LatentDiffusion(inner, vae, num_frames=FRAMES).decode(torch.zeros(1, inner.channels, inner.num_frames, inner.height, inner.width))

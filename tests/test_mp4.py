@@ -328,3 +328,9 @@ def test_writing_a_long_film_takes_no_more_memory_than_a_short_one(tmp_path, how
     kilobytes = [int(subprocess.run([sys.executable, '-c', PEAK, tmp_path / 'a', how, str(frames)], capture_output=True, check=True,
                                     timeout=120).stdout) for frames in (50, 1000)]
     assert kilobytes[1] < kilobytes[0] + 12_000                             # its frames as floats are 188 MB, as bytes 47
+
+
+def test_a_gif_is_not_written_as_a_film(tmp_path):
+    with pytest.raises(ValueError, match='x.gif: this writes an mp4; video_tensor_to_gif writes GIFs'):
+        video_tensor_to_mp4(torch.rand(3, 2, 4, 4), tmp_path / 'x.gif')
+    assert not list(tmp_path.iterdir())

@@ -364,3 +364,22 @@ def test_grading_is_fast(world):
 def test_mistakes_are_told_in_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize('name', ['mine.gif', '00004.gif', 'mine.txt', 'film.mp4', '00001.txt'])
+def test_clips_of_others_are_neither_written_over_nor_mixed_with(tmp_path, name):
+    make_shapes(tmp_path, 4, 16, 3)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    make_shapes(tmp_path, 4, 16, 3)                                         # the same once more
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / name).write_text('my own words')
+    with pytest.raises(ValueError, match=f'{name} is not one of the clips that would be drawn there'):
+        make_shapes(tmp_path, 4, 16, 3)
+    assert (tmp_path / name).read_text() == 'my own words'
+
+
+@pytest.mark.parametrize('setting', [dict(image_size=8), dict(num_frames=1), dict(num_frames=(8, 1)), dict(num_frames=())])
+def test_a_world_that_cannot_be_drawn_leaves_nothing(tmp_path, setting):
+    with pytest.raises(ValueError, match=f'{next(iter(setting))}=.*: give'):
+        make_shapes(tmp_path / 'shapes', 4, **setting)
+    assert not list(tmp_path.iterdir())

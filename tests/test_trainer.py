@@ -495,6 +495,24 @@ def test_amp_is_refused_where_it_would_be_slow_and_used_where_not(clips, tmp_pat
     assert seen[0] == torch.bfloat16 and seen[-1] == torch.float32  # training, and sampling
 
 
+def test_weights_of_few_bits_do_not_learn(clips, tmp_path):
+    with pytest.raises(ValueError, match=r'weights that learn are torch.bfloat16: give model.float\(\), and amp=True'):
+        train_on_bits(clips, tmp_path, torch.nn.Module.bfloat16)
+    train_on_bits(clips, tmp_path, lambda network: network.bfloat16().requires_grad_(False))      # frozen, beside what learns
+
+
+def train_on_bits(clips, tmp_path, change):
+    unet = Unet3D(8, dim_mults=(1, 2), attn_heads=1, attn_dim_head=8, cond_dim=8)
+    diffusion = GaussianDiffusion(unet, image_size=16, num_frames=2, text_encoder=WordEncoder(8))
+    change(unet)
+    return Trainer(diffusion, clips, results_folder=tmp_path, processes=CPU)
+
+
+def test_a_diffusion_of_latents_needs_its_vae(clips, tmp_path):
+    with pytest.raises(ValueError, match='one of latents.*a folder holds pixels: give the LatentDiffusion around it'):
+        make_trainer(clips, tmp_path, diffusion=dict(latents=True, objective='v'))
+
+
 def test_ema_is_its_formula_and_swaps_back_after_an_error():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
@@ -529,6 +547,16 @@ def test_learning_rate_schedules_at_their_corners():
     factor = lr_schedule.warmup_linear(total=110, warmup=10, final=0.2)
     assert factor(0) == pytest.approx(1 / 11)
     assert [factor(step) for step in (10, 35, 60, 110, 500)] == pytest.approx([1, 0.8, 0.6, 0.2, 0.2])
+
+
+def test_schedules_of_nothing_are_named():
+    for make in (lr_schedule.warmup_cosine, lr_schedule.warmup_linear):
+        with pytest.raises(ValueError, match='total=0: give a whole number, 1 or more'):
+            make(0)
+        with pytest.raises(ValueError, match='warmup=-1: give a whole number, 0 or more'):
+            make(10, -1)
+    with pytest.raises(ValueError, match='warmup=-1: give'):
+        lr_schedule.constant(-1)
 
 
 def test_cycles_have_their_own_lengths_and_maxima_and_the_last_one_repeats():

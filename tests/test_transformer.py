@@ -208,3 +208,11 @@ def test_a_context_must_fit_the_network():
         SpatialTransformer(8, 2, 4, context_dim=6, groups=4)(x)
     with pytest.raises(ValueError, match='has no context_dim'):
         SpatialTransformer(8, 2, 4, groups=4)(x, torch.randn(1, 2, 6))
+
+
+def test_a_mask_of_numbers_is_one_of_bools():
+    torch.manual_seed(0)
+    attention, x, context = CrossAttention(8, 2, 4, context_dim=6), torch.randn(2, 5, 8), torch.randn(2, 3, 6)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])                             # as tokenizers say it
+    assert torch.equal(attention(x, context, mask), attention(x, context, mask.bool()))
+    assert torch.equal(attention(x, context, mask.float()), attention(x, context, mask.bool()))

@@ -196,6 +196,14 @@ def test_a_picture_that_a_kill_prevented_is_drawn_when_the_run_goes_on(clips, tm
     assert trainer.step == 2 and checkpoint.load(tmp_path / 'model-2.pt')['step'] == 2
 
 
+def test_a_second_run_does_not_write_over_the_first(clips, tmp_path):
+    make_trainer(clips, tmp_path, **SMALL).train()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r'already holds a run: load\(-1\) goes on with it, or choose another results_folder'):
+        make_trainer(clips, tmp_path, **SMALL).train()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 # What else may happen to a run
 
 def test_a_deleted_results_folder_is_made_again(clips, tmp_path):

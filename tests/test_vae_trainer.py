@@ -114,6 +114,12 @@ def test_only_the_decoder_learns_if_asked(clips, tmp_path, image_steps):
     assert changed == {'decoder'}
 
 
+def test_a_vae_that_was_frozen_learns_whole(clips, tmp_path):
+    vae = small_vae().requires_grad_(False)                                 # as LatentDiffusion leaves it
+    make_trainer(clips, tmp_path, vae)
+    assert all(weight.requires_grad for weight in vae.parameters())
+
+
 def test_images_and_clips_are_mixed_by_weight(clips, tmp_path):
     trainer = make_trainer(clips, tmp_path, image_share=0.3)
     video = torch.arange(5.).view(1, 1, 5, 1, 1).expand(2, 3, 5, 4, 4)

@@ -14,6 +14,19 @@ from einops_exts import check_shape
 from torch import Tensor
 
 
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        kind = 'numpy.ndarray' if type(x).__name__ == 'ndarray' else type(x).__name__
+        hint = 'give .sample() or .mode() of it' if hasattr(x, 'mode') else 'give a torch.Tensor (torch.from_numpy)'
+        raise TypeError(f'{name} is a {kind}: {hint}')
+
+
+def instance(name: str, x: object, *kinds: type) -> None:
+    if not isinstance(x, kinds):
+        given = f'the class {x.__name__}' if isinstance(x, type) else f'a {type(x).__name__}'
+        raise TypeError(f'{name} is {given}: give a {" or a ".join(kind.__name__ for kind in kinds)}')
+
+
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ValueError(f'{name}={value!r}: give one of {", ".join(map(repr, allowed))}')
@@ -42,6 +55,7 @@ def bounds(low: float, high: float, above: float | None) -> str:
 
 
 def video_shape(video: Tensor, channels: int, num_frames: int, height: int, width: int) -> None:
+    tensor('video', video)
     try:
         check_shape(video, 'b c f h w', c=channels, f=num_frames, h=height, w=width)
     except EinopsError:
@@ -53,6 +67,7 @@ def video_shape(video: Tensor, channels: int, num_frames: int, height: int, widt
 def floats_in_0_1(video: Tensor) -> Tensor:
     """The video, if it is what a user means by one, as far as that is known without waiting for a GPU: bytes are no floats, and
     those of a file that nobody divided by 255 are too large."""
+    tensor('video', video)
     if not video.is_floating_point() or video.device.type == 'cpu' and video.numel() and video.max() > 10:
         raise ValueError(f'a video of {video.dtype}, up to {video.max().item():.4g}: expected floats in [0, 1] (divide by 255)')
     return video

@@ -30,6 +30,12 @@ MAX_BYTES = 2**29               # of a picture file, and of all frames that are 
 Size = tuple[int, int]          # height, width
 
 
+def check_ending(path, ending: str, what: str) -> None:
+    """Players believe the name of a file."""
+    if Path(path).suffix.lower() not in ('', f'.{ending}'):
+        raise ValueError(f'{path}: this writes {what}')
+
+
 @contextmanager
 def naming(path) -> Iterator[None]:
     """Whatever goes wrong inside is the file's fault, and the error says which file."""

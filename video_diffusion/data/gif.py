@@ -31,8 +31,9 @@ from einops import rearrange
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
+from ..checks import tensor as check_tensor
 from ..checks import whole
-from .frames import CHANNELS, Size, check_request, check_size, collect, fit, grey, naming, nearest, read_bytes
+from .frames import CHANNELS, Size, check_ending, check_request, check_size, collect, fit, grey, naming, nearest, read_bytes
 
 GREYS = np.array([(i, i, i, 255) for i in range(256)], np.uint8).view(np.uint32)[:, 0]  # the default palette
 END, EXTENSION, IMAGE = 0x3B, 0x21, 0x2C        # the first byte of each kind of block
@@ -219,6 +220,9 @@ def video_tensor_to_gif(
     `optimize` leaves out the pixels that a frame shares with the one before: a smaller file that
     looks the same.  `scale` repeats every pixel so often each way; None: until a person can see them."""
     pictures = Pictures(tensor, scale)
+    check_ending(path, 'gif', 'a GIF; video_tensor_to_mp4 writes films')
+    if 0 < duration < 10:
+        raise ValueError(f'duration={duration}: it is in milliseconds, and a GIF counts hundredths of a second: give 10 or more')
     if not (0 <= duration < 655355 and 0 <= loop < 65536):
         raise ValueError(f'duration={duration}, loop={loop}: a GIF counts up to 655350 ms and 65535 loops')
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -233,6 +237,7 @@ class Pictures(Sequence):
 
     def __init__(self, tensor: Tensor, scale: int | None = 1):
         whole('scale', scale, 1)
+        check_tensor('video', tensor)
         video = tensor if tensor.ndim == 5 else tensor[None]
         if tensor.ndim not in (4, 5) or video.shape[1] not in CHANNELS or 0 in video.shape:
             raise ValueError(f'a video of shape {tuple(tensor.shape)}: expected (c, f, h, w) or (b, c, f, h, w), '

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..checks import tensor
 from .world import AREA, COLOURS, DIRECTIONS, DROP, SHAPES, SPEED, caption_of, captions, coverage, fold
 
 VISIBLE = 0.3                            # a pixel belongs to a blob from this RGB distance to the ground on
@@ -55,6 +56,7 @@ class Grade:
 
 def grade(video: torch.Tensor) -> Grade:
     """Look at one clip (c f h w) in [0, 1]: what does it show, and does it keep the laws?"""
+    tensor('video', video)
     if video.ndim != 4:
         raise ValueError(f'expected one clip (c f h w), got shape {tuple(video.shape)}')
     return grade_batch(video[None])[0]
@@ -67,6 +69,7 @@ def grade_all(videos: torch.Tensor, captions: list[str] | None = None) -> dict:
     was asked for, and a perfect bounce can be of the wrong colour. `both` asks for the two at once.
     `shape`, `colour`, `direction` are the parts of `caption_true`; `why` counts the broken laws.
     """
+    tensor('videos', videos)
     if captions is not None and len(captions) != len(videos):
         raise ValueError(f'{len(videos)} videos but {len(captions)} captions: give one caption per video')
     grades = [one for chunk in videos.split(16) for one in grade_batch(chunk)]     # 16: fits the caches
@@ -140,6 +143,7 @@ def grade_batch(videos: torch.Tensor) -> list[Grade]:
 
 
 def _check_videos(videos: torch.Tensor):
+    tensor('videos', videos)
     shape = tuple(videos.shape)
     if len(shape) != 5 or shape[0] < 1 or shape[1] != 3 or shape[2] < 2 or shape[3] != shape[4]:
         raise ValueError(f'expected RGB clips (b c f h w) of two square frames or more, got shape {shape}')

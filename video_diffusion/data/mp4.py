@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from .frames import MAX_PIXELS, Size, check_request, check_size, collect, covering, fit, grey, naming, nearest
+from .frames import MAX_PIXELS, Size, check_ending, check_request, check_size, collect, covering, fit, grey, naming, nearest
 from .gif import Pictures
 
 FORMATS = 'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi'   # others, such as play lists, would open more files, or the network
@@ -169,6 +169,7 @@ def video_tensor_to_mp4(
     bit of every colour, for files that are to be read again rather than watched: no browser plays them.  `scale` as in a GIF."""
     if not (0 < fps <= 1000 and 0 <= crf <= 51):
         raise ValueError(f'fps={fps}, crf={crf}: give a rate above 0 and up to 1000, and a crf from 0 to 51')
+    check_ending(path, 'mp4', 'an mp4; video_tensor_to_gif writes GIFs')
     av, pictures = import_av(), Pictures(tensor, scale).each()                 # which complains before there is a file
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     first = next(pictures)

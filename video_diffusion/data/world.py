@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from ..checks import whole
+from .folder import CLIPS, IMAGES
 from .gif import video_tensor_to_gif
 
 BACKGROUND = (0.08, 0.08, 0.10)
@@ -60,14 +61,30 @@ def captions() -> list[str]:
 def make_shapes(folder, count: int, image_size: int = 32, num_frames: int | tuple[int, ...] = 8, seed: int = 0) -> Path:
     """Write `count` random clips as `00000.gif`, ... and their captions as `00000.txt`, ... beside them. Lengths take turns."""
     whole('count', count, 1)
+    whole('image_size', image_size, 16)
+    lengths = (num_frames,) if isinstance(num_frames, int) else tuple(num_frames)
+    if not lengths:
+        raise ValueError('num_frames=(): give one length, or several')
+    for length in lengths:
+        whole('num_frames', length, 2)
     folder, clip_seeds = Path(folder), random.Random(seed)
-    lengths = (num_frames,) if isinstance(num_frames, int) else num_frames
+    clips = [(f'{index:05d}', clip_seeds.getrandbits(48), lengths[index % len(lengths)]) for index in range(count)]
+    texts = {name: '\n'.join(label(seed, length)) + '\n' for name, seed, length in clips}
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        seed, num_frames = clip_seeds.getrandbits(48), lengths[index % len(lengths)]
-        video_tensor_to_gif(random_clip(seed, image_size, num_frames)[0], folder / f'{index:05d}.gif')
-        (folder / f'{index:05d}.txt').write_text('\n'.join(label(seed, num_frames)) + '\n', encoding='utf-8')
+    refuse_others(folder, texts)
+    for name, seed, length in clips:
+        video_tensor_to_gif(random_clip(seed, image_size, length)[0], folder / f'{name}.gif')
+        (folder / f'{name}.txt').write_text(texts[name], encoding='utf-8')
     return folder
+
+
+def refuse_others(folder: Path, texts: dict[str, str]) -> None:
+    """Clips and captions in the folder that are not those of a call that writes these texts, perhaps of one before."""
+    for path in sorted(folder.iterdir()):
+        kind = path.suffix[1:].lower()
+        ours = path.stem in texts and (kind == 'gif' or kind == 'txt' and path.read_bytes() == texts[path.stem].encode())
+        if kind in (*CLIPS, *IMAGES, 'txt') and not ours:
+            raise ValueError(f'{path} is not one of the clips that would be drawn there: choose a new folder, or remove this one')
 
 
 def label(seed: int, num_frames: int) -> list[str]:

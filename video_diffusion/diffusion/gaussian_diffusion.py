@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import floats_in_0_1, number, one_of, video_shape, whole
+from ..checks import floats_in_0_1, instance, number, one_of, video_shape, whole
 from ..networks import network_config, network_from_config, same_network
 from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
-from .objective import LOSSES, check_objective, check_parts, min_snr_weight, target, to_x0
+from .objective import LOSSES, check_loss, check_objective, check_parts, min_snr_weight, target, to_x0
 from .sampling import Request, Sampling, draw
 
 
@@ -56,6 +56,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         latents: bool = False,                    # videos are latents: centred on 0 and unbounded, not in [0, 1]
         frame_noise: str = 'shared',              # 'independent': each frame has a noise of its own; see frame_levels.py
     ):
+        instance('denoise_fn', denoise_fn, nn.Module)
         whole('num_frames', num_frames, 1)
         whole('channels', channels, 1)
         for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():
@@ -104,8 +105,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
         self.check(video)
-        if known_mask is not None and not self.prob_cond_frames:
-            raise ValueError('known_mask was given, but the network is never told frames: prob_cond_frames is 0')
+        known_frames.check_told(self.prob_cond_frames, known, known_mask)
         x0 = self.to_network(video)
         if t is None:
             drawn = self.draw_steps(torch.randint(0, self.num_timesteps, (len(x0),)))
@@ -121,7 +121,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         *, reduction: str = 'mean', own_steps: list[int | None] | None = None, **network,
     ) -> Tensor:
         """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
-        one_of('reduction', reduction, ('mean', 'none'))
+        check_loss(x_start, noise, reduction, network.get('null_cond_prob'))
         noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
         cond = self.embed(cond)
         seen = x_start if own_steps is None else frame_levels.as_drawn(self, x_start, t, noise, cond, own_steps)

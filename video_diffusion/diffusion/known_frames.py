@@ -27,6 +27,7 @@ Videos here are (b c f h w) in [-1, 1], masks (b f) bool.
 import torch
 from torch import Tensor
 
+from ..checks import tensor
 from .frame_levels import CLEAN
 from .samplers import Denoiser
 
@@ -85,6 +86,7 @@ def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight
 
 def beginning(first_frames: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     """A beginning (b c k h w) as the known frames of a clip (b c f h w), and their mask (f)."""
+    tensor('first_frames', first_frames)
     length = first_frames.shape[2] if first_frames.ndim == 5 else 0
     if not 1 <= length < frames:
         raise ValueError(f'first_frames has shape {tuple(first_frames.shape)}: expected (batch, channels, 1 to {frames - 1} '
@@ -103,7 +105,8 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
         given = 'nothing' if mask is None else f'{mask.dtype} of shape {tuple(mask.shape)}'
         raise ValueError(f'known_mask says which frames are known: expected bools of shape ({frames},) or ({batch}, {frames}), '
                          f'got {given}')
-    return known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
+    known, mask = known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
+    return torch.where(mask[:, None, :, None, None], known, 0), mask               # what is unknown may be NaN
 
 
 def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None) -> None:
@@ -112,3 +115,10 @@ def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor 
         raise ValueError('first_frames says all about the known frames: leave known and known_mask out, or give only them')
     if (known is None) != (mask is None):
         raise ValueError('known and known_mask belong together: give the videos and which of their frames are known')
+
+
+def check_told(share: float, known: Tensor | None, mask: Tensor | None) -> None:
+    """In training, to a network that is told frames of this share of the clips."""
+    for name, given in dict(known=known, known_mask=mask).items():
+        if given is not None and not share:
+            raise ValueError(f'{name} was given, but the network is never told frames: prob_cond_frames is 0')

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..checks import number, video_shape, whole
+from ..checks import instance, number, video_shape, whole
 from ..vae.frame_shares import has_special_first_frame, latent_shape
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
@@ -66,6 +66,7 @@ class LatentDiffusion(nn.Module):
         image_scale: float | None = None,         # the network is told an image alone, its latents times this; None: first frames
     ):
         super().__init__()
+        instance('diffusion', diffusion, GaussianDiffusion)
         self.num_frames = 1 + vae.time_compression * (diffusion.num_frames - 1) if num_frames is None else num_frames
         self.height, self.width = (side * vae.space_compression for side in (diffusion.height, diffusion.width))
         self.channels = vae.config['in_channels']
@@ -77,7 +78,8 @@ class LatentDiffusion(nn.Module):
                              f'latents={diffusion.latents}: the latents of {self.num_frames} frames are {expected}, and it must '
                              'have latents=True')
         whole('max_batch', max_batch, 1)
-        number('image_scale', image_scale, above=0)
+        for name, value in dict(scale=scale, image_scale=image_scale).items():
+            number(name, value, above=0)
         if low_res is not None and (low_res < 2 or self.height % low_res or self.width % low_res):
             raise ValueError(f'low_res={low_res}: give a number above 1 that divides frames of {self.height}x{self.width}')
         if low_res is not None and diffusion.prob_cond_frames != 1:
@@ -85,8 +87,7 @@ class LatentDiffusion(nn.Module):
                              'the small clip, as known frames, so give Unet3D(cond_frames=True) and prob_cond_frames=1')
         if image_scale is not None and not diffusion.prob_cond_frames:
             raise ValueError(f'image_scale={image_scale}, but the network is never told an image: prob_cond_frames is 0')
-        self.diffusion = diffusion
-        self.vae = vae.eval().requires_grad_(False)
+        self.diffusion, self.vae = diffusion, vae.eval().requires_grad_(False)
         self.max_batch, self.chunk, self.low_res, self.image_scale = max_batch, chunk, low_res, image_scale
         self.register_buffer('scale', torch.tensor(float('nan') if scale is None else float(scale)))
         self.has_scale = scale is not None        # looked up in the buffer but once: on a GPU that waits
@@ -205,6 +206,7 @@ class LatentDiffusion(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (b c f h w) -> videos in [0, 1]."""
+        self.check_scale()
         z = z[:, :, self.doubled:] / self.scale
         how = dict(chunk=self.chunk, tile=self.tile)
         return torch.cat([self.vae.decode(part, self.num_frames, **how) for part in z.split(self.max_batch)]).clamp(0, 1)
@@ -278,11 +280,9 @@ class LatentDiffusion(nn.Module):
 
     def beginning(self, first_frames: Tensor, by_network: bool) -> tuple[Tensor, Tensor]:
         """First frames (b c k h w) as known latents (b c f h w), scaled, 0 where unknown, and their mask (f)."""
-        lengths = self.whole_lengths()
-        if by_network and 1 not in lengths:
-            lengths = [1, *lengths]                   # it is told the first frame as an image, in any case
-        shape = (self.channels, self.height, self.width)
-        given = tuple(first_frames.shape)
+        # The network is told the first frame as an image, in any case.
+        lengths = sorted({*self.whole_lengths(), *[1] * by_network})
+        shape, given = (self.channels, self.height, self.width), tuple(first_frames.shape)
         if len(given) != 5 or (given[1], *given[3:]) != shape or given[2] not in lengths:
             raise ValueError(f'first_frames has shape {given}: expected (batch, {shape[0]}, k, {shape[1]}, '
                              f'{shape[2]}), where k is {" or ".join(map(str, lengths)) or "nothing that fits"}, '

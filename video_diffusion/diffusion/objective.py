@@ -92,3 +92,11 @@ def to_x0(objective: str, output: Tensor, x: Tensor, alpha: Tensor | float, sigm
 def to_noise(x0: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """The noise that a clean video implies, for the noisy video x."""
     return (x - alpha * x0) / sigma
+
+
+def check_loss(x_start: Tensor, noise: Tensor | None, reduction: str, null_cond_prob: float | None) -> None:
+    """What one loss is asked with."""
+    one_of('reduction', reduction, ('mean', 'none'))
+    number('null_cond_prob', null_cond_prob, 0, 1)
+    if noise is not None and noise.shape != x_start.shape:
+        raise ValueError(f'noise has shape {tuple(noise.shape)}: expected that of the videos, {tuple(x_start.shape)}')

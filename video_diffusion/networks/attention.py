@@ -213,7 +213,7 @@ class CrossAttention(nn.Module):
         q = rearrange(self.to_q(x), 'b n (heads d) -> b heads n d', heads=self.heads)
         kv = self.to_kv(x if context is None else context)
         k, v = rearrange(kv, 'b m (kv heads d) -> kv b heads m d', kv=2, heads=self.heads)
-        out = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        out = attend(q, k, v, None if mask is None else mask.bool()[:, None, None, :])
         return self.to_out(rearrange(out, 'b heads n d -> b n (heads d)'))
 
 

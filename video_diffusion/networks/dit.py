@@ -33,7 +33,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import one_of
+from ..checks import one_of, whole
 from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
 from .recompute import on_cpu
@@ -165,6 +165,8 @@ class DiT(nn.Module):
         time_dim = time_dim or min(dim, 512)
         # All that is needed to build this network again; checkpoints store it.
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'checkpoint_activations')}
+        for name in ('dim', 'channels', 'depth', 'dim_head', 'patch', 'frame_patch'):
+            whole(name, self.config[name], 1)
         if dim % dim_head or dim_head % 16:
             raise ValueError(f'dim={dim}, dim_head={dim_head}: give a multiple of 16 as dim_head and a multiple of that as dim')
         one_of('positions', positions, POSITIONS)

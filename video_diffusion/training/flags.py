@@ -75,6 +75,7 @@ FLAGS = {
         Flag('--attn-heads', int, None, 'heads of temporal attention', D),
         Flag('--attn-dim-head', int, None, 'width of a head', D),
         Flag('--linear-attention', 'switch', None, 'spatial linear attention at every level', D),
+        Flag('--frame-numbers', 'switch', None, 'tell the U-Net which frame is the first [in latents, whose frames are few]', D),
         Flag('--vae', str, None, 'a trained VAE, its results folder or a checkpoint: diffuse in its latents', D, metavar='RESULTS'),
         Flag('--cache-latents', bool, False, 'encode each clip once, into the folder latents/ beside the VAE', D),
         Flag('--low-res', int, None, 'with --vae: learn to enlarge clips so many times', D, metavar='FACTOR'),
@@ -83,9 +84,9 @@ FLAGS = {
         Flag('--objective', OBJECTIVES, None, 'what the network predicts', D),
         Flag('--timesteps', int, 1000, 'diffusion steps', D),
         Flag('--schedule', tuple(SCHEDULES), 'cosine', 'how the noise grows', D),
-        Flag('--schedule-shift', float, None, 'above 1: more noise [of captioned pixels (side / 16) squared, else 1]', D),
+        Flag('--schedule-shift', float, None, 'above 1: more noise [with captions (side / 16) squared, else 1]', D),
         Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
-        Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA) ^ POWER, 0: do not [x0 1 / --schedule-shift; else 0]', D,
+        Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA) ^ POWER, 0: do not [in latents 0.25 / shift]', D,
              metavar='GAMMA'),
         Flag('--min-snr-power', float, 0.5, '1: as the paper has it; 0.5: every step counts as much', D, metavar='POWER'),
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
@@ -143,7 +144,7 @@ def refuse_idle_flags(args: argparse.Namespace, given: dict) -> None:
     for flag in (flag for group in FLAGS.values() for flag in group):
         if flag.dest in given and flag.only not in (None, args.stage):
             raise ValueError(f'{flag.name} has no meaning with --stage {args.stage}')
-    of_unet = {'dim_mults', 'attn_heads', 'linear_attention', 'focus_present', 'images', 'frame_noise'}
+    of_unet = {'dim_mults', 'attn_heads', 'linear_attention', 'frame_numbers', 'focus_present', 'images', 'frame_noise'}
     of_dit = {'depth', 'frame_patch'}
     of_model = {flag.dest for flag in FLAGS['network'] + FLAGS['diffusion']} - {'null_cond_prob', 'noise_bias'}
     of_model |= {'channels', 'unconditional', 'images', 'loss'}

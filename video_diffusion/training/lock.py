@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
+from ..checkpoint import milestones
 from ..distributed import Processes
 
 try:
@@ -72,3 +73,9 @@ def hold(folder: str | Path, processes: Processes) -> Iterator[Lock]:
         yield lock
     finally:
         lock.release()
+
+
+def refuse_another_run(folder: str | Path) -> None:
+    """A new run would write over some of its checkpoints, and the newest would still be one of the other run's."""
+    if milestones(folder):
+        raise ValueError(f'{folder} already holds a run: load(-1) goes on with it, or choose another results_folder')

@@ -33,9 +33,9 @@ from . import lr_schedule, shard
 from .alike import clip_list
 from .ema import EMA
 from .interrupt import Stopped, StopRequest
-from .lock import hold
+from .lock import hold, refuse_another_run
 from .log import add_rows, begin_log
-from .precision import amp_dtype, use_tensor_cores
+from .precision import amp_dtype, refuse_few_bits, use_tensor_cores
 
 
 class TrainingLoop(ABC):
@@ -70,6 +70,7 @@ class TrainingLoop(ABC):
             whole(name, value, 1)
         number('max_grad_norm', max_grad_norm, above=0)
         whole('seed', seed, 0, 2 ** 63 - 1)
+        refuse_few_bits(model)
         self.processes, self.device = processes, processes.device
         self.amp_dtype = amp_dtype(self.device) if amp else None
         use_tensor_cores(processes)
@@ -122,6 +123,8 @@ class TrainingLoop(ABC):
         """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         with lost_others(), hold(self.results_folder, self.processes) as self.lock, self.stop:
             self.processes.agree({'clips': clip_list(self.dataset), 'step': self.step})
+            if self.step == 0:
+                self.processes.by_main(lambda: refuse_another_run(self.results_folder))
             self.processes.by_main(lambda: begin_log(self.log_file, self.log_columns(), self.step))
             began, stopped = self.step, self.draw_what_is_missing()
             if self.step < self.train_num_steps and not stopped:

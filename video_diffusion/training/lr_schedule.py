@@ -8,16 +8,21 @@ Functions of the step have no state: a resumed run needs nothing but its step.
 import math
 from typing import Callable, Sequence
 
+from ..checks import whole
+
 Schedule = Callable[[int], float]
 
 
 def constant(warmup: int = 0) -> Schedule:
     """Rises over `warmup` steps and stays."""
+    whole('warmup', warmup, 0)
     return lambda step: min(1., (step + 1) / (warmup + 1))
 
 
 def warmup_cosine(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
     """Rises over `warmup` steps, then falls along half a cosine, to `final` at step `total`."""
+    check(total, warmup)
+
     def factor(step):
         progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
         return constant(warmup)(step) * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
@@ -26,10 +31,17 @@ def warmup_cosine(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
 
 def warmup_linear(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
     """Rises over `warmup` steps, then falls in a straight line, to `final` at step `total`."""
+    check(total, warmup)
+
     def factor(step):
         progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
         return constant(warmup)(step) * (1 - (1 - final) * progress)
     return factor
+
+
+def check(total: int, warmup: int) -> None:
+    whole('total', total, 1)
+    whole('warmup', warmup, 0)
 
 
 def cycles(lengths: Sequence[int], maxima: Sequence[float], warmup: int = 0, final: float = 0.) -> Schedule:

@@ -9,6 +9,7 @@ runs differ in the last digit, and after some steps in more; deterministic kerne
 import os
 
 import torch
+from torch import nn
 
 from ..distributed import Processes
 
@@ -39,3 +40,10 @@ def be_deterministic() -> None:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')          # one of the two sizes with which cuBLAS keeps an order
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def refuse_few_bits(model: nn.Module) -> None:
+    """What a step adds to a weight is mostly less than the last bit of 8 or 11, and is lost. Frozen weights need no more."""
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f'weights that learn are {weight.dtype}: give model.float(), and amp=True to compute in fewer bits')

@@ -21,11 +21,12 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checks import number, whole
+from ..checks import instance, number, whole
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import CLIPS, IMAGES, ClipFolder, write_clip
 from ..diffusion import frame_levels
 from ..diffusion.gaussian_diffusion import GaussianDiffusion
+from ..diffusion.latent import LatentDiffusion
 from ..diffusion.latent_cache import LatentCache
 from ..diffusion.samplers import Progress
 from ..diffusion.sampling import Sampling
@@ -284,6 +285,10 @@ def check_options(
     diffusion: GaussianDiffusion, num_frames: int | None, num_sample_rows: int, noise_bias: float, null_cond_prob: float,
     images: bool, latent_cache: str | Path | None, compile: bool, shard: bool,
 ) -> None:
+    instance('diffusion', diffusion, GaussianDiffusion, LatentDiffusion)
+    if isinstance(diffusion, GaussianDiffusion) and diffusion.latents:
+        raise ValueError('this GaussianDiffusion is one of latents (latents=True), and a folder holds pixels: give the '
+                         'LatentDiffusion around it')
     if num_frames not in (None, diffusion.num_frames):
         warnings.warn(f'num_frames={num_frames} has no effect: the diffusion was built for {diffusion.num_frames} frames',
                       stacklevel=3)

@@ -262,6 +262,7 @@ def chunks(x: Tensor, length: int) -> list[Tensor]:
 
 
 def refuse_bad_video(vae: nn.Module, video: Tensor):
+    checks.tensor('video', video)
     if video.ndim != 5:
         raise ValueError(f'a video of shape {tuple(video.shape)}: give (batch, channels, frames, height, width)')
     checks.floats_in_0_1(video)
@@ -275,6 +276,7 @@ def refuse_bad_video(vae: nn.Module, video: Tensor):
 
 
 def refuse_bad_latent(vae: nn.Module, z: Tensor):
+    checks.tensor('z', z)
     if z.ndim != 5 or z.shape[1] != vae.latent_channels:
         raise ValueError(f'latents of shape {tuple(z.shape)}: give (batch, {vae.latent_channels}, frames, height, width)')
 
