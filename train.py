@@ -163,7 +163,7 @@ def schedule_shift(args: argparse.Namespace, size: tuple[int, int, int], caption
 
 
 def few_latents(args: argparse.Namespace) -> bool:
-    """A U-Net in latents that are drawn all together. Their frames are few and far apart, so it has to be told which is the first."""
+    """A U-Net in latents, all frames together: they are few and far apart, so it has to be told which is the first."""
     return bool(args.vae) and args.network == 'unet' and args.frame_noise == 'shared'
 
 

@@ -94,7 +94,7 @@ class Unet3D(nn.Module):
         text_tokens: bool = False,           # cond is a caption's tokens (b n cond_dim), for every pixel to look at
         *,
         patch: int = 1,                      # side of the square of pixels that the network takes for one
-        frame_numbers: bool = False,         # tell each frame its number; else the network sees how far apart frames are, and no more
+        frame_numbers: bool = False,         # tell each frame its number; else all that is seen is how far apart frames are
         checkpoint_activations: bool = False,  # compute every block again in the backward pass: less memory, more time
     ):
         super().__init__()
