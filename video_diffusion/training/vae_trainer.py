@@ -86,8 +86,6 @@ class VAETrainer(TrainingLoop):
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
-        if not hasattr(vae, 'encoder'):
-            raise TypeError(f'vae is a {type(vae).__name__}, which has no encoder: give a VAE')
         given, processes = locals(), processes or Processes(device=best_device())
         processes.agree(settings_of(given, vae_config(vae)))
         refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
@@ -97,8 +95,7 @@ class VAETrainer(TrainingLoop):
         check_frames(num_frames, vae.time_compression)                  # now, and not in a clip
         if processes.is_main:
             print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
-        self.vae = vae.to(processes.device).train()
-        vae.requires_grad_(True)                                        # a LatentDiffusion may have frozen it
+        self.vae = vae.to(processes.device).train().requires_grad_(True)        # a LatentDiffusion may have frozen it
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
         self.kl_weight, self.image_share, self.image_steps = kl_weight, image_share, image_steps

@@ -16,6 +16,8 @@ VAES = {'CausalVAE': CausalVAE, 'TemporalVAE': TemporalVAE}
 
 def vae_config(vae: nn.Module) -> dict:
     """What a checkpoint says about a VAE."""
+    if not hasattr(vae, 'encoder'):
+        raise TypeError(f'vae is a {type(vae).__name__}, which has no encoder: give a VAE')
     return {'vae': type(vae).__name__, **vae.config}
 
 
