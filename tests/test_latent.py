@@ -424,10 +424,18 @@ def test_the_command_line_from_a_vae_to_samples(clips, tmp_path, monkeypatch, ca
     code, out = run('train.py', clips, *small, '--cache-latents')
     assert code == 0 and '5 frames of 16x16' in out, out
     assert len(list(Path('results_vae/latents').rglob('*.pt'))) == 6
+    trained = diffusion_from_state(checkpoint.load_run('results'))
+    assert trained.denoise_fn.config['frame_numbers']                                # see RESULTS.md on what latents need
+    assert (trained.diffusion.schedule_shift, trained.diffusion.min_snr_gamma, trained.diffusion.min_snr_power) == (1., 0.25, 0.5)
     clip = sorted(clips.glob('*.gif'))[0]
     code, out = run('sample.py', 'results', '--prompt', 'a red circle', '--image', clip, '--known', 1, '--device', 'cpu')
     assert code == 0 and gif_to_tensor('samples/000-a-red-circle.gif').shape == (3, FRAMES, SIZE, SIZE), out
     assert run('train.py', clips, *small, '--resume', '--steps', 3)[0] == 0
+    plain = [*small, '--results', 'plain', '--image-size', 32, '--no-frame-numbers', '--min-snr', 0]
+    assert run('train.py', clips, *plain)[0] == 0
+    trained = diffusion_from_state(checkpoint.load_run('plain'))
+    assert (trained.diffusion.schedule_shift, trained.diffusion.min_snr_gamma) == (4., None)      # of 32x32, not of its latents
+    assert not trained.denoise_fn.config['frame_numbers']
     large = [*small[:-2], '--results', 'large', '--low-res', 4]
     code, out = run('train.py', clips, *large, '--cache-latents')
     assert code == 0 and 'sample.py large --prompt' in out and '--low-res small.gif' in out
