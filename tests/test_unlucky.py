@@ -130,6 +130,7 @@ def test_a_closed_terminal_leaves_time_to_save(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)             # under nohup it would wait for ever
             with StopRequest() as stop:
                 os.write(1, b'ready')
                 while not stop.requested:

@@ -21,7 +21,7 @@ def constant(warmup: int = 0) -> Schedule:
 
 def warmup_cosine(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
     """Rises over `warmup` steps, then falls along half a cosine, to `final` at step `total`."""
-    check(total, warmup)
+    whole('warmup', warmup, 0)
 
     def factor(step):
         progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
@@ -31,17 +31,12 @@ def warmup_cosine(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
 
 def warmup_linear(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
     """Rises over `warmup` steps, then falls in a straight line, to `final` at step `total`."""
-    check(total, warmup)
+    whole('warmup', warmup, 0)
 
     def factor(step):
         progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
         return constant(warmup)(step) * (1 - (1 - final) * progress)
     return factor
-
-
-def check(total: int, warmup: int) -> None:
-    whole('total', total, 1)
-    whole('warmup', warmup, 0)
 
 
 def cycles(lengths: Sequence[int], maxima: Sequence[float], warmup: int = 0, final: float = 0.) -> Schedule:
