@@ -169,10 +169,10 @@ def few_latents(args: argparse.Namespace) -> bool:
 
 def step_weights(args: argparse.Namespace, shift: float) -> dict:
     """See min_snr_weight in objective.py. A shifted schedule has the same steps at so many times less signal."""
-    gamma = args.min_snr
-    if gamma is None:
-        gamma = 0.25 / shift if few_latents(args) and args.objective == 'x0' and args.loss == 'l2' else 0
-    return dict(min_snr_gamma=gamma, min_snr_power=args.min_snr_power) if gamma else {}
+    gamma, power = args.min_snr, args.min_snr_power
+    if gamma is None and few_latents(args) and args.objective == 'x0' and args.loss == 'l2':
+        gamma, power = 0.25 / shift, 0.5 if power is None else power
+    return dict(min_snr_gamma=gamma or None, min_snr_power=1. if power is None else power)
 
 
 def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processes: distributed.Processes, **more) -> Trainer:

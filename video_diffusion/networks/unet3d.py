@@ -237,7 +237,10 @@ class Unet3D(nn.Module):
         """Steps (b 1) or (b f) as vectors (b 1 time_dim) or (b f time_dim); with the numbers of the frames, always the latter."""
         def through(mlp, numbers):
             waves, *layers = mlp
-            return nn.Sequential(*layers)(waves(numbers).to(dtype))
+            rows = waves(numbers).to(dtype)
+            for layer in layers:
+                rows = layer(rows)
+            return rows
 
         x = through(self.time_mlp, time)
         return x if self.number_mlp is None else x + through(self.number_mlp, torch.arange(frames, device=time.device))

@@ -60,7 +60,8 @@ def kind_of(flag: Flag) -> dict:
         return dict(action='store_true')
     if flag.kind == 'switch':
         return dict(action=argparse.BooleanOptionalAction)
-    words = dict(choices=flag.kind) if isinstance(flag.kind, tuple) else dict(type=flag.kind, metavar=flag.metavar or 'N')
+    words = dict(choices=flag.kind, metavar=flag.metavar) if isinstance(flag.kind, tuple) else dict(
+        type=flag.kind, metavar=flag.metavar or 'N')
     if not flag.name.startswith('--'):
         words = dict(type=flag.kind, nargs='?')
     how = {False: {}, True: dict(nargs='+'), 'again': dict(action='append')}[flag.many]
