@@ -45,6 +45,7 @@ from video_diffusion.training.memory import estimate  # noqa: E402
 from video_diffusion.training.trainer import fuse  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+MATRIX_WORK = re.compile('gemm|conv|wgrad|dgrad|fprop|cutlass|nvjet|xmma|cudnn|mm$', re.IGNORECASE)   # names of kernels
 
 
 # ---- 1: the numbers
@@ -130,9 +131,9 @@ def three_steps_with_everything(day: Day) -> dict:
 
 # ---- 2: speed
 
-def step_of(day: Day, diffusion, dtype):
+def step_of(day: Day, diffusion, dtype, clips: int | None = None):
     torch.set_float32_matmul_precision('high')
-    video = torch.rand(day.shape, device=day.device)
+    video = torch.rand(clips or day.shape[0], *day.shape[1:], device=day.device)
 
     def step():
         diffusion.zero_grad()
@@ -168,22 +169,27 @@ def unet_step_compiled(day: Day) -> dict:
 @check(2)
 def dit_step_compiled(day: Day) -> dict:
     """The same of a transformer. Goal 0.5."""
-    return compiled(day, DiT(32, dim_head=16, depth=1) if day.tiny else DiT(1024, dim_head=64, depth=12), {})
+    return compiled(day, DiT(32, dim_head=16, depth=1) if day.tiny else DiT(1024, dim_head=64, depth=12), {}, clips=4)
 
 
-def compiled(day: Day, network: nn.Module, others: dict, **goal) -> dict:
+def compiled(day: Day, network: nn.Module, others: dict, clips: int | None = None, **goal) -> dict:
     """Its step beside others, the seconds that it takes to compile, and its share of the peak."""
-    step = step_of(day, day.diffusion(network).to(day.device), day.half if day.cuda else None)
-    with FlopCounterMode(display=False) as counter:
-        step()
+    step = step_of(day, day.diffusion(network).to(day.device), day.half if day.cuda else None, clips)
+    work = operations(step)
     start = day.clock()
     if day.cuda:
         fuse(network)
     step()
     seconds = round(day.clock() - start, 1)
     result = compare(day, {**others, 'compiled': step}, **goal)
-    share = counter.get_total_flops() / result['compiled']['s'] / day.peak()
-    return dict(result, compile_s=seconds, share=round(share, 3))
+    return dict(result, compile_s=seconds, share=round(work / result['compiled']['s'] / day.peak(), 3))
+
+
+def operations(step) -> int:
+    """Of its convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 @check(2)
@@ -199,17 +205,30 @@ def memory_estimate(day: Day) -> dict:
 
 @check(2)
 def where_the_rest_goes(day: Day) -> dict:
-    """The kernels that a plain U-Net step spends most of its time in, percent."""
+    """The kernels that a plain U-Net step spends most of its time in, percent, and what share of the peak it would reach if
+    it were these alone, without a gap: all of them, or those of convolutions and matrix products, which is the floor."""
+    return profiled(day, day.unet())
+
+
+@check(2)
+def where_it_goes_when_wide(day: Day) -> dict:
+    """The same of a network four times as wide: more arithmetic for what is moved."""
+    return profiled(day, Unet3D(4 * day.dim, dim_mults=day.mults), None if day.tiny else 24)
+
+
+def profiled(day: Day, network: nn.Module, clips: int | None = None) -> dict:
     from torch.profiler import ProfilerActivity, profile
-    step = step_of(day, day.diffusion(day.unet()).to(day.device), day.half if day.cuda else None)
-    step()
+    step = step_of(day, day.diffusion(network).to(day.device), day.half if day.cuda else None, clips)
+    work, seconds = operations(step), day.seconds(step, 2)
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * day.cuda]) as profiled:
         step()
         day.clock()
     key = 'self_device_time_total' if day.cuda else 'self_cpu_time_total'
-    events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, key))
-    whole = sum(getattr(event, key) for event in events)
-    return {event.key[:60]: round(100 * getattr(event, key) / whole, 1) for event in events[:8]}
+    times = {event.key: getattr(event, key) / 1e6 for event in profiled.key_averages() if getattr(event, key)}
+    whole, floor = sum(times.values()), sum(time for name, time in times.items() if MATRIX_WORK.search(name))
+    most = sorted(times, key=times.get, reverse=True)[:8]
+    return {**{name[:60]: round(100 * times[name] / whole, 1) for name in most}, 'kernels_s': round(whole, 4),
+            **{f'share{of}': round(work / s / day.peak(), 3) for of, s in (('', seconds), ('_of_kernels', whole), ('_floor', floor))}}
 
 
 @check(2)

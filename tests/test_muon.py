@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_trainer import assert_same_state, clips, make_trainer  # noqa: F401, clips is a fixture
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from video_diffusion import GaussianDiffusion, Unet3D, WordEncoder, checkpoint
 from video_diffusion.training.muon import MATRICES, Muon, orthogonal, split
@@ -17,7 +18,7 @@ from video_diffusion.vae.temporal_vae import TemporalVAE
 def test_all_singular_values_come_near_one_and_directions_stay(rows, columns):
     matrix = torch.randn(1, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    values = u.mT @ orthogonal(matrix) @ vh.mT                       # in the basis of the matrix's own directions
+    values = u.mT @ torch.stack(orthogonal(matrix)) @ vh.mT                       # in the basis of the matrix's own directions
     assert torch.allclose(values, values.diagonal(dim1=-2, dim2=-1).diag_embed(), atol=1e-9)
     values = values.diagonal(dim1=-2, dim2=-1)
     assert 0.6 < values.min() and values.max() < 1.25
@@ -30,15 +31,19 @@ def test_gathered_factors_are_the_plain_iteration():
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    torch.testing.assert_close(orthogonal(matrix), x, rtol=0, atol=1e-12)
-    torch.testing.assert_close(orthogonal(matrix.float()), x.float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.stack(orthogonal(matrix)), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.stack(orthogonal(matrix.float())), x.float(), rtol=0, atol=1e-4)
 
 
 def test_a_batch_is_each_of_its_matrices_alone_and_nothing_stays_nothing():
     matrices = torch.randn(4, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1e-6, 1., 1e6, 0.], dtype=torch.float64)[:, None, None]
-    alone = torch.cat([orthogonal(matrix[None]) for matrix in matrices])
-    torch.testing.assert_close(orthogonal(matrices), alone, rtol=0, atol=1e-12)
+    others = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))       # of the same side
+    matrices = [*matrices, *others, others[0, :1]]
+    together, alone = orthogonal(matrices), [orthogonal([matrix])[0] for matrix in matrices]
+    for one, other, matrix in zip(together, alone, matrices):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert one.shape == matrix.shape
     assert (alone[3] == 0).all()
 
 
@@ -75,6 +80,39 @@ def test_steps_of_kernels_and_matrices_are_the_formula_and_of_the_rest_adams():
     for weight, expected in zip(others, reference):
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
     assert unused not in muon.state
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_is_few_calls_however_many_matrices_there_are():
+    """A GPU does each in microseconds, and Python needs tens of them to ask for it."""
+    def calls(copies):
+        matrices = [nn.Parameter(torch.randn(*shape)) for shape in [(4, 4), (4, 6), (9, 4), (4, 2, 3, 3)] * copies]
+        for matrix in matrices:
+            matrix.grad = torch.randn_like(matrix)
+        muon = Muon(matrices, [], lr=1., muon_lr=0.01)
+        muon.step()
+        with Calls() as counted:
+            muon.step()
+        return counted.number
+    assert calls(1) == calls(10) < 80
+
+
+def test_without_matrices_it_is_adam():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    muon, adam = Muon([], weights[:1], lr=0.1, muon_lr=0.01), torch.optim.Adam(weights[1:], lr=0.1)
+    for weight in weights:
+        weight.grad = torch.arange(3.)
+    muon.step(), adam.step()
+    torch.testing.assert_close(*weights)
 
 
 def test_a_schedule_that_halves_the_rate_halves_both():

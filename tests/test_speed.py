@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from video_diffusion import Unet3D
 from video_diffusion.networks import recompute
-from video_diffusion.networks.unet3d import BLOCKS
+from video_diffusion.networks.unet3d import BLOCKS, ResnetBlock
 
 SMALL = dict(dim=8, dim_mults=(1, 2), attn_heads=2, attn_dim_head=8)
 FLAVOURS = {
@@ -49,6 +49,15 @@ def as_if_large(unet, monkeypatch):
         if isinstance(block, BLOCKS):
             block.little = 0
     return unet
+
+
+def test_wide_layers_keep_little_even_where_it_is_little():
+    """Of two blocks that would keep the same, the wide one keeps what its convolutions read."""
+    def saved(channels, side):
+        block = ResnetBlock(channels, channels, groups=8)
+        x = torch.zeros(1, channels, 1, side, side).contiguous(memory_format=torch.channels_last_3d)
+        return saved_bytes(block, lambda: block(x.clone().requires_grad_()))
+    assert saved(128, 32) < 0.6 * saved(32, 64)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from . import fused
-from .recompute import LITTLE, in_slices
+from .recompute import in_slices, little
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,12 +110,11 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 class TemporalAttention(nn.Module):
     """Each pixel position attends to itself in every frame."""
 
-    little = LITTLE
-
     def __init__(self, dim: int, heads: int, dim_head: int, rotary: RotaryEmbedding):
         super().__init__()
         self.heads = heads
         self.dim_head = dim_head
+        self.little = little(dim)
         self.rotary = rotary  # shared by all layers; holds the frequencies
         self.norm = ChannelNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
@@ -164,12 +163,12 @@ def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, 
 class SpatialAttention(nn.Module):
     """The pixels of a frame attend to one another."""
 
-    little = LITTLE
     core = staticmethod(attend)
 
     def __init__(self, dim: int, heads: int, dim_head: int = 32, bias: bool = False):
         super().__init__()
         self.heads = heads
+        self.little = little(dim)
         self.norm = ChannelNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
@@ -220,10 +219,9 @@ class CrossAttention(nn.Module):
 class TextAttention(nn.Module):
     """All pixels of a clip look at the tokens of its caption: b c f h w. A new one changes nothing."""
 
-    little = LITTLE
-
     def __init__(self, dim: int, heads: int, token_dim: int, dim_head: int = 32):
         super().__init__()
+        self.little = little(dim)
         self.norm = ChannelNorm(dim)
         self.attention = CrossAttention(dim, heads, dim_head, token_dim)
         nn.init.zeros_(self.attention.to_out.weight)

@@ -16,7 +16,8 @@ Rows that do not look at each other, as pixels in temporal attention and frames 
 changes no number. What a slice becomes on its way, forward and backward, stays in the processor's cache: memory outside it
 was measured to be five to ten times slower. A GPU, which wants much work at once, gets one slice.
 
-Where all is small there is nothing to save, and all is kept and computed once.
+Where all is small there is nothing to save, and all is kept and computed once. What is small depends on the channels: where they
+are many, a layer's products take so long that nobody feels the rest computed twice.
 """
 
 from collections.abc import Callable
@@ -25,9 +26,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LITTLE = 7 * 2 ** 19     # numbers, 14 MB: a layer that makes no more of its input keeps them
+LITTLE = 7 * 2 ** 19     # numbers, 14 MB: a layer that makes no more of its input keeps them; if it is WIDE, an eighth of that
+WIDE = 128
 SLICE = 2 ** 20         # numbers that a slice becomes: 4 MB, and in the backward pass a few times that
 meta_is_cpu = True      # for what device tensors without numbers stand: see memory.py
+
+
+def little(channels: int) -> int:
+    return LITTLE // 8 if channels >= WIDE else LITTLE
 
 
 def on_cpu(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from . import fused
-from .recompute import LITTLE, on_cpu, plainly, recompute
+from .recompute import little, on_cpu, plainly, recompute
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -93,10 +93,9 @@ class Block(nn.Module):
 class ResnetBlock(nn.Module):
     """Two blocks and a shortcut; the first block is modulated by the time-and-condition vector, if there is one."""
 
-    little = LITTLE
-
     def __init__(self, dim_in: int, dim_out: int, *, groups: int, emb_dim: int | None = None):
         super().__init__()
+        self.little = little(dim_out)
         self.to_scale_shift = nn.Linear(emb_dim, 2 * dim_out) if emb_dim else None
         self.block1 = Block(dim_in, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)

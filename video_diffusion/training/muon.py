@@ -13,6 +13,8 @@ On the toy world it needs a third of Adam's steps, and does not depend on the se
     >>> optimizer = Muon(*split(diffusion), lr=2e-3, muon_lr=0.01)
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
@@ -34,23 +36,43 @@ def split(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return [w for w in weights if w in inside], [w for w in weights if w not in inside]
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (n rows columns) with all singular values moved to about 1 (0.7 to 1.2), by five Newton-Schulz steps.
+def orthogonal(matrices: Iterable[Tensor]) -> list[Tensor]:
+    """Matrices (rows columns) of any shapes with all singular values moved to about 1 (0.7 to 1.2), by five Newton-Schulz steps.
 
     A step is X <- (a + b G + c G^2) X with G = X X^T, an odd polynomial in each singular value. All the factors are
     polynomials in the first G and commute, so they are gathered in the small square of G and meet the long X only once.
+    Matrices of one shape are one batch, and their squares one with all of their side: a GPU waits for every call.
     """
-    if matrices.shape[-2] > matrices.shape[-1]:
-        return orthogonal(matrices.mT).mT
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-    gram = x @ x.mT
-    identity = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
-    factors = identity
-    for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        factors = factor @ factors
+    shapes, sides, results = {}, {}, {}
+    for number, matrix in enumerate(matrices):
+        shapes.setdefault(matrix.shape, []).append((number, matrix))
+    for (rows, columns), batch in shapes.items():
+        numbers, x = zip(*batch)
+        x = torch.stack([matrix.mT for matrix in x] if rows > columns else x)                   # n side length
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+        sides.setdefault(min(rows, columns), []).append((numbers, rows > columns, x))
+    for batch in sides.values():
+        factors = gathered(torch.cat([x @ x.mT for _, _, x in batch]))                          # m side side
+        for (numbers, turned, x), factor in zip(batch, factors.split([len(x) for _, _, x in batch])):
+            x = factor @ x
+            results.update(zip(numbers, x.mT if turned else x))
+    return [results[number] for number in sorted(results)]
+
+
+def gathered(gram: Tensor) -> Tensor:
+    """The product of the five factors, from the first G (n side side)."""
+    factors = factor = polynomial(gram)
+    for _ in range(4):
         gram = factor @ gram @ factor
-    return factors @ x
+        factor = polynomial(gram)
+        factors = factor @ factors
+    return factors
+
+
+def polynomial(gram: Tensor) -> Tensor:
+    result = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    result.diagonal(dim1=-2, dim2=-1).add_(3.4445)
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -72,23 +94,20 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         others, matrices = self.param_groups
         self.step_others([w for w in others['params'] if w.grad is not None], others['lr'], others['eps'])
-        self.step_matrices([w for w in matrices['params'] if w.grad is not None], matrices['lr'] * matrices['ratio'],
-                           matrices['momentum'])
+        if learnt := [w for w in matrices['params'] if w.grad is not None]:
+            self.step_matrices(learnt, matrices['lr'] * matrices['ratio'], matrices['momentum'])
 
     def step_matrices(self, weights: list[Tensor], lr: float, momentum: float) -> None:
-        batches = {}                                                # matrices of one shape are one batch
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight] = dict(momentum=torch.zeros_like(weight))
-            average = self.state[weight]['momentum']
-            average.lerp_(weight.grad, 1 - momentum)
-            update = weight.grad.lerp(average, momentum)            # Nesterov: where the momentum will be one step on
-            update = update.full_tensor() if is_share(update) else update     # some rows of a matrix have other directions
-            batches.setdefault(update.flatten(1).shape, []).append((weight, update))
-        for (rows, columns), batch in batches.items():
-            updates = orthogonal(torch.stack([update.flatten(1) for _, update in batch]))
-            for (weight, _), update in zip(batch, updates):
-                weight.sub_(share(update.view(weight.shape), weight), alpha=lr * max(1, rows / columns) ** 0.5)
+        slopes, averages = [w.grad for w in weights], [self.state[w]['momentum'] for w in weights]
+        torch._foreach_lerp_(averages, slopes, 1 - momentum)
+        updates = torch._foreach_lerp(slopes, averages, momentum)   # Nesterov: where the momentum will be one step on
+        updates = [update.full_tensor() if is_share(update) else update for update in updates]    # rows are not alone
+        updates = orthogonal(update.flatten(1) for update in updates)
+        torch._foreach_mul_(updates, [-lr * max(1, rows / columns) ** 0.5 for rows, columns in (u.shape for u in updates)])
+        torch._foreach_add_(weights, [share(update.view(w.shape), w) for w, update in zip(weights, updates)])
 
     def step_others(self, weights: list[Tensor], lr: float, eps: float) -> None:
         for weight in weights:
