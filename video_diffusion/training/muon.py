@@ -44,19 +44,19 @@ def orthogonal(matrices: Iterable[Tensor]) -> list[Tensor]:
     Matrices of one shape are one batch, and their squares one with all of their side: a GPU waits for every call.
     """
     shapes, sides, results = {}, {}, {}
-    for number, matrix in enumerate(matrices):
-        shapes.setdefault(matrix.shape, []).append((number, matrix))
+    for place, matrix in enumerate(matrices):
+        shapes.setdefault(matrix.shape, []).append((place, matrix))
     for (rows, columns), batch in shapes.items():
-        numbers, x = zip(*batch)
+        places, x = zip(*batch)
         x = torch.stack([matrix.mT for matrix in x] if rows > columns else x)                   # n side length
         x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
-        sides.setdefault(min(rows, columns), []).append((numbers, rows > columns, x))
+        sides.setdefault(min(rows, columns), []).append((places, rows > columns, x))
     for batch in sides.values():
         factors = gathered(torch.cat([x @ x.mT for _, _, x in batch]))                          # m side side
-        for (numbers, turned, x), factor in zip(batch, factors.split([len(x) for _, _, x in batch])):
+        for (places, turned, x), factor in zip(batch, factors.split([len(x) for _, _, x in batch])):
             x = factor @ x
-            results.update(zip(numbers, x.mT if turned else x))
-    return [results[number] for number in sorted(results)]
+            results.update(zip(places, x.mT if turned else x))
+    return [results[place] for place in sorted(results)]
 
 
 def gathered(gram: Tensor) -> Tensor:
