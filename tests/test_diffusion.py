@@ -1,5 +1,7 @@
 """The diffusion process against closed forms and against video-diffusion-pytorch 0.6.3. Run: pytest tests/test_diffusion.py"""
 
+import warnings
+
 import pytest
 import torch
 from test_unet3d import SMALL, twins
@@ -259,6 +261,16 @@ def test_errors_say_what_was_given_and_what_was_expected():
         diffusion.interpolate(torch.rand(1, 3, 3, 8, 8), torch.rand(2, 3, 3, 8, 8))
     with pytest.raises(ValueError, match='t=20.*0 to 19'):
         diffusion.interpolate(*torch.rand(2, 1, 3, 3, 8, 8), t=20)
+
+
+def test_videos_in_minus_one_to_one_are_told_of():
+    """The public package's own example is one: its network gets numbers from -3 to 1, and nothing is learnt well."""
+    diffusion = GaussianDiffusion(Unet3D(8, dim_mults=(1, 2)), image_size=16, num_frames=2, timesteps=10)
+    with pytest.warns(UserWarning, match=r'down to -1: .* give \(video \+ 1\) / 2'):
+        diffusion(torch.linspace(-1, 1, 1536).view(1, 3, 2, 16, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        diffusion(torch.linspace(-0.2, 1.2, 1536).view(1, 3, 2, 16, 16))      # an upscaler's edges
 
 
 @pytest.mark.parametrize('video', [torch.randint(256, (2, 3, 3, 8, 8), dtype=torch.uint8), 255 * torch.rand(2, 3, 3, 8, 8)])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -602,3 +603,23 @@ def test_a_noise_bias_draws_steps_with_its_density(clips, tmp_path, bias):
 def test_a_noise_bias_of_nothing_is_refused(clips, tmp_path):
     with pytest.raises(ValueError, match='noise_bias=0: give a number above 0'):
         make_trainer(clips, tmp_path, noise_bias=0)
+
+
+def test_clips_shorter_than_asked_for_are_named(clips, tmp_path):
+    torch.manual_seed(0)
+    diffusion = GaussianDiffusion(Unet3D(8, dim_mults=(1, 2)), image_size=16, num_frames=3, timesteps=10)
+    with pytest.warns(UserWarning, match='have 2 frames, and num_frames=3: in all others they stand still'):
+        Trainer(diffusion, clips, results_folder=tmp_path / 'long', processes=CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        make_trainer(clips, tmp_path / 'as long')
+
+
+def test_settings_that_are_numbers_of_numpy_come_back(clips, tmp_path):
+    """np.float64 is a float to all checks, and to the reader of a checkpoint a foreign object."""
+    numpy = pytest.importorskip('numpy')
+    settings = dict(train_lr=numpy.float64(1e-3), diffusion=dict(schedule_shift=numpy.float64(2)), adam_betas=(numpy.float64(.9), .99))
+    make_trainer(clips, tmp_path, **settings, train_num_steps=3).train()
+    again = make_trainer(clips, tmp_path, **settings)
+    again.load(-1)
+    assert again.step == 3 and again.optimizer.param_groups[0]['betas'] == (.9, .99)

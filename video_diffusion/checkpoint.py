@@ -38,7 +38,7 @@ def save(state: dict, path: str | Path) -> None:
     temporary = path.with_name(path.name + '.tmp')
     try:
         with open(temporary, 'wb') as file:
-            torch.save(state, file)
+            torch.save(plain(state), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -46,6 +46,15 @@ def save(state: dict, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
         kept = 'the previous one is intact' if path.exists() else 'earlier checkpoints are intact'
         raise OSError(f'cannot save the checkpoint {path}, {kept}: {first_line(error)}') from error
+
+
+def plain(value):
+    """Numbers of numpy, among settings and rates, as Python's: whoever loads nothing but weights and settings refuses numpy's."""
+    if type(value).__module__ == 'numpy' and value.ndim == 0:
+        return value.item()
+    if type(value) is dict:
+        return {name: plain(each) for name, each in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def load(path: str | Path, map_location: str | torch.device = 'cpu', mmap: bool = False) -> dict:

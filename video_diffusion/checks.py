@@ -7,6 +7,7 @@
 """
 
 import math
+import warnings
 from typing import Iterable
 
 from einops import EinopsError
@@ -65,9 +66,13 @@ def video_shape(video: Tensor, channels: int, num_frames: int, height: int, widt
 
 
 def floats_in_0_1(video: Tensor) -> Tensor:
-    """The video, if it is what a user means by one, as far as that is known without waiting for a GPU: bytes are no floats, and
-    those of a file that nobody divided by 255 are too large."""
+    """The video, if it is what a user means by one, as far as that is known without waiting for a GPU: bytes are no floats,
+    those of a file that nobody divided by 255 are too large, and half of those in [-1, 1] too small."""
     tensor('video', video)
-    if not video.is_floating_point() or video.device.type == 'cpu' and video.numel() and video.max() > 10:
+    known = video.device.type == 'cpu' and video.numel()
+    if not video.is_floating_point() or known and video.max() > 10:
         raise ValueError(f'a video of {video.dtype}, up to {video.max().item():.4g}: expected floats in [0, 1] (divide by 255)')
+    if known and (least := video.min()) < -0.5:
+        warnings.warn(f'a video with numbers down to {least.item():.3g}: expected floats in [0, 1]; of one in [-1, 1] give '
+                      '(video + 1) / 2', stacklevel=4)
     return video

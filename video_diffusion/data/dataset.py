@@ -96,6 +96,13 @@ class GifDataset(Dataset):
         video = self.floats(clip)
         return video if caption is None else (video, caption)
 
+    def warn_of_short_clips(self) -> None:
+        """Of those that are clips at all: pictures are known to stand still."""
+        frames = self.source.shape(self.rate)[0]
+        if 1 < frames < (self.num_frames or 0):
+            warnings.warn(f'the clips of {self.source} have {frames} frames, and num_frames={self.num_frames}: in all others they '
+                          'stand still, and that is learnt too', stacklevel=3)
+
     def hold_out(self, count: int) -> 'GifDataset':
         """Takes `count` clips, from all over the folder, out of this dataset; they become one of their own.
 

@@ -300,6 +300,7 @@ def clips_to_train_and_measure_on(folder: str | Path, held_out: int, image_size:
                                   num_frames: int, **reading) -> tuple[GifDataset, GifDataset]:
     """The clips of a folder, and `held_out` of them, at most a tenth, that are never trained on. `reading`: see GifDataset."""
     clips = GifDataset(folder, image_size, channels, num_frames, **reading)
+    clips.warn_of_short_clips()
     if min(clips.size) < 11:
         raise ValueError(f'image_size={image_size}: SSIM is measured in windows of 11 pixels, so give 11 or more')
     return clips, clips.hold_out(min(held_out, max(1, len(clips) // 10)))
