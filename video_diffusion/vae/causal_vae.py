@@ -141,7 +141,7 @@ class CausalVAE(nn.Module):
         `chunk` frames at a time (a multiple of `time_compression`) in tiles of `tile` pixels: less memory.
         With norm_scope 'frame' chunks change nothing; otherwise, and with tiles, the norms' statistics do.
         """
-        refuse_bad_video(self, video)
+        video = fit_video(self, video)
         self._refuse_bad_pieces(chunk, tile, self.time_compression)
         moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
         return DiagonalGaussian.from_moments(moments)
@@ -153,7 +153,7 @@ class CausalVAE(nn.Module):
         fz latent frames become 1 + 4 (fz - 1) frames, or `frames=4 * fz` where no first frame was kept apart.
         `chunk` latent frames at a time, in tiles of `tile` pixels: see `encode`.
         """
-        refuse_bad_latent(self, z)
+        z = fit_latent(self, z)
         self._refuse_bad_pieces(chunk, tile, 1)
         scale = self.space_compression
         return in_tiles(lambda part: self._video(part, frames, chunk), z, tile and tile // scale, scale)
@@ -261,7 +261,8 @@ def chunks(x: Tensor, length: int) -> list[Tensor]:
     return x.split([x.shape[2] - (whole - 1) * length, *[length] * (whole - 1)], dim=2)
 
 
-def refuse_bad_video(vae: nn.Module, video: Tensor):
+def fit_video(vae: nn.Module, video: Tensor) -> Tensor:
+    """A video that this VAE can encode, in the precision of its weights."""
     checks.tensor('video', video)
     if video.ndim != 5:
         raise ValueError(f'a video of shape {tuple(video.shape)}: give (batch, channels, frames, height, width)')
@@ -273,12 +274,14 @@ def refuse_bad_video(vae: nn.Module, video: Tensor):
         h, w = (max(c, round(n / c) * c) for n in video.shape[3:])
         raise ValueError(f'{video.shape[3]} x {video.shape[4]} pixels: height and width are compressed '
                          f'by {c}, so give multiples of {c} (nearest: {h} x {w})')
+    return video.to(next(vae.parameters()).dtype)
 
 
-def refuse_bad_latent(vae: nn.Module, z: Tensor):
+def fit_latent(vae: nn.Module, z: Tensor) -> Tensor:
     checks.tensor('z', z)
     if z.ndim != 5 or z.shape[1] != vae.latent_channels:
         raise ValueError(f'latents of shape {tuple(z.shape)}: give (batch, {vae.latent_channels}, frames, height, width)')
+    return z.to(next(vae.parameters()).dtype)
 
 
 def refuse_bad_pieces(vae: nn.Module, chunk: int | None, tile: int | None, unit: int):

@@ -35,7 +35,7 @@ from ..networks import unet_blocks
 from ..networks.attention import SpatialSelfAttention
 from ..networks.recompute import plainly, recompute
 from .causal_blocks import doubled_conv, silu
-from .causal_vae import refuse_bad_latent, refuse_bad_pieces, refuse_bad_video, widths
+from .causal_vae import fit_latent, fit_video, refuse_bad_pieces, widths
 from .context_parallel import at_once, empty_clip, steps
 from .gaussian import DiagonalGaussian
 from .tiling import in_chunks, in_tiles
@@ -262,7 +262,7 @@ class TemporalVAE(nn.Module):
 
         `chunk` frames at a time, which changes nothing, in tiles of `tile` pixels, which changes the norms' statistics.
         """
-        refuse_bad_video(self, video)
+        video = fit_video(self, video)
         refuse_bad_pieces(self, chunk, tile, 1)
         moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
         return DiagonalGaussian.from_moments(moments)
@@ -275,7 +275,7 @@ class TemporalVAE(nn.Module):
         frames at a time, in tiles of `tile` pixels, both blended where they overlap: close to the whole, not equal.
         `frames`, if given, must be f: time is not compressed here, as it is in the other VAE.
         """
-        refuse_bad_latent(self, z)
+        z = fit_latent(self, z)
         refuse_bad_pieces(self, chunk, tile, 1)
         if frames not in (None, z.shape[2]):
             raise ValueError(f'frames={frames}: {z.shape[2]} latent frames stand for as many frames')
