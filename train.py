@@ -145,7 +145,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         network, image_size=tuple(size[1:]), num_frames=size[0], channels=channels, latents=vae is not None,
         timesteps=args.timesteps, loss_type=args.loss, objective=args.objective, text_encoder=encoder, schedule=args.schedule,
         schedule_shift=shift, zero_snr=args.zero_snr, offset_noise=args.offset_noise, prob_cond_frames=told,
-        frame_noise=args.frame_noise, **step_weights(args, shift))
+        frame_noise=args.frame_noise, **step_weights(args, shift, captioned))
     if vae:
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
@@ -167,11 +167,13 @@ def few_latents(args: argparse.Namespace) -> bool:
     return bool(args.vae) and args.network == 'unet' and args.frame_noise == 'shared'
 
 
-def step_weights(args: argparse.Namespace, shift: float) -> dict:
+def step_weights(args: argparse.Namespace, shift: float, captioned: bool) -> dict:
     """See min_snr_weight in objective.py. A shifted schedule has the same steps at so many times less signal."""
     gamma, power = args.min_snr, args.min_snr_power
-    if gamma is None and few_latents(args) and args.objective == 'x0' and args.loss == 'l2':
-        gamma, power = 0.25 / shift, 0.5 if power is None else power
+    measured = few_latents(args) or captioned and not args.vae and args.network == 'unet' and args.frame_noise == 'shared'
+    if gamma is None and measured and args.objective == 'x0' and args.loss == 'l2':
+        gamma, default = (0.25 / shift, 0.5) if args.vae else (1 / shift, 0.25)
+        power = default if power is None else power
     return dict(min_snr_gamma=gamma or None, min_snr_power=1. if power is None else power)
 
 
@@ -208,10 +210,6 @@ def fine_tuner(args: argparse.Namespace, given: dict, folder: ClipFolder, proces
     args.amp = args.amp or pretrained and args.lora is None and processes.device.type != 'cpu'
     begin_with(diffusion, processes.device, args.lora, args.lora_alpha, args.checkpoint_activations or pretrained)
     say_what_is_trained((diffusion.num_frames, diffusion.height, diffusion.width), diffusion, processes)
-    frames = folder.shape(args.fps)[0]
-    if frames < diffusion.num_frames and processes.is_main:
-        print(f'half of the clips have {frames} frames or fewer: up to {diffusion.num_frames} their last one stands still, and the '
-              'model will learn that; give longer clips')
     return trainer_of(args, diffusion, folder, processes, noise_bias=args.noise_bias, **(ADAM if pretrained else {}),
                       **caches(args.model, diffusion, clips_change=args.flip or args.random_window))
 

@@ -73,8 +73,10 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     code, out, _ = run('train.py', clips, *SMALL, '--unconditional', '--results', 'free', '--image-size', 32, 12, '--num-frames', 2)
     assert code == 0 and '2 frames of 32x12' in out
     code, _, _ = run('train.py', clips, *SMALL, '--results', 'wide', '--image-size', 16, 32)
-    shift = [checkpoint.load(checkpoint.newest(folder))['config']['diffusion']['schedule_shift'] for folder in ('results', 'free', 'wide')]
-    assert code == 0 and shift == [20 * 20 / 16 ** 2, 1., 2.]                # more noise where there are captions and more pixels
+    noise = [[checkpoint.load(checkpoint.newest(folder))['config']['diffusion'][name] for name in ('schedule_shift', 'min_snr_gamma',
+              'min_snr_power')] for folder in ('results', 'free', 'wide')]
+    # More noise where there are captions and more pixels, and steps weighed where that was measured.
+    assert code == 0 and noise == [[20 * 20 / 16 ** 2, 16 ** 2 / 20 ** 2, 0.25], [1., None, 1.], [2., 0.5, 0.25]]
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)
     assert code == 0 and gif_to_tensor('samples/002.gif').shape == (3, 2, 32, 12)
 

@@ -608,7 +608,7 @@ def test_a_noise_bias_of_nothing_is_refused(clips, tmp_path):
 def test_clips_shorter_than_asked_for_are_named(clips, tmp_path):
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(Unet3D(8, dim_mults=(1, 2)), image_size=16, num_frames=3, timesteps=10)
-    with pytest.warns(UserWarning, match='have 2 frames, and num_frames=3: in all others they stand still'):
+    with pytest.warns(UserWarning, match='have 2 frames or fewer: up to 3 their last one stands still'):
         Trainer(diffusion, clips, results_folder=tmp_path / 'long', processes=CPU)
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -100,8 +100,8 @@ class GifDataset(Dataset):
         """Of those that are clips at all: pictures are known to stand still."""
         frames = self.source.shape(self.rate)[0]
         if 1 < frames < (self.num_frames or 0):
-            warnings.warn(f'the clips of {self.source} have {frames} frames, and num_frames={self.num_frames}: in all others they '
-                          'stand still, and that is learnt too', stacklevel=3)
+            warnings.warn(f'half of the clips of {self.source} have {frames} frames or fewer: up to {self.num_frames} their last '
+                          'one stands still, and the model will learn that; give longer clips, or fewer frames', stacklevel=3)
 
     def hold_out(self, count: int) -> 'GifDataset':
         """Takes `count` clips, from all over the folder, out of this dataset; they become one of their own.

@@ -33,7 +33,7 @@ DEFAULTS = {
     'image_steps':      (None,                   (600, 5000)),
     'sample_every':     ((750, 1000),            (200, 1000), (1000, 1000)),
 }
-QUICK = dict(image_size=16, patch=1, dim=16, attn_heads=1, steps=1300)       # of pixels so few each is worth a look
+QUICK = dict(image_size=16, patch=1, dim=16, attn_heads=1, steps=1500)       # of pixels so few each is worth a look
 D, V = 'diffusion', 'vae'        # flags that only one --stage knows
 FLAGS = {
     'what': [
@@ -86,9 +86,9 @@ FLAGS = {
         Flag('--schedule', tuple(SCHEDULES), 'cosine', f'how the noise grows: {", ".join(SCHEDULES)}', D, metavar='NAME'),
         Flag('--schedule-shift', float, None, 'above 1: more noise [with captions (side / 16) squared, else 1]', D),
         Flag('--zero-snr', bool, False, 'let the last step be pure noise (not with --objective noise)', D),
-        Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA), 5 is usual; 0: do not [in latents 0.25 / shift]', D,
+        Flag('--min-snr', float, None, 'weigh steps by min(snr, GAMMA); 5 is usual, 0: do not [1 / shift; latents 0.25 / shift]', D,
              metavar='GAMMA'),
-        Flag('--min-snr-power', float, None, 'that to this power; 0.5: each step counts as much [1; in latents 0.5]', D,
+        Flag('--min-snr-power', float, None, 'that to this power; 0.5: each step counts as much [0.25; latents 0.5]', D,
              metavar='POWER'),
         Flag('--offset-noise', float, 0., 'share of noise that is one value per clip and channel', D),
         Flag('--noise-bias', float, None, 'above 1: train noisy steps more often, where captions count [2, without captions 1]', D),

@@ -90,7 +90,8 @@ class Trainer(TrainingLoop):
         self.clips = GifDataset(folder, (diffusion.height, diffusion.width), diffusion.channels, diffusion.num_frames,
                                 horizontal_flip=horizontal_flip, random_window=random_window, seed=seed, strict=strict,
                                 fps=fps, clips_per_video=clips_per_video, exts=CLIPS + IMAGES if images else CLIPS)
-        self.clips.warn_of_short_clips()
+        if processes.is_main:
+            self.clips.warn_of_short_clips()
         cached = lambda clips: LatentCache(clips, diffusion, latent_cache, processes) if latent_cache else clips
         self.held_out = cached(self.clips.hold_out(held_out)) if held_out else ()
         self.measures = held_out_columns if held_out else ()
