@@ -138,7 +138,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
     if args.frame_numbers is None:
-        args.frame_numbers = few_latents(args)
+        args.frame_numbers = few_latents(args) or args.quick and args.network == 'unet' and args.frame_noise == 'shared'
     network = new_network(args, channels, encoder, folder.captions if captioned else [], cond_frames=told > 0)
     shift = schedule_shift(args, (frames, height, width), captioned)
     diffusion = GaussianDiffusion(

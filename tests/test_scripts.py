@@ -51,6 +51,7 @@ def test_the_toy_world_from_nothing_to_samples(run, tmp_path):
     assert 'grade of 64 clips: ' in out and '% lawful, ' in out and '% caption-true' in out
     assert 'python sample.py results --prompt "' in out
     assert gif_to_tensor('results/graded.gif').shape[1] == 8
+    assert checkpoint.load_run('results')['config']['unet']['frame_numbers']               # learns its captions sooner
 
     code, out, _ = run('sample.py', 'results', '--prompt', 'a red circle moving left', '--prompt', 'a cat', '--count', 2, '--device', 'cpu')
     assert code == 0 and '4 videos are in samples' in out
@@ -75,6 +76,7 @@ def test_own_clips_with_and_without_captions(run, clips, tmp_path):
     code, _, _ = run('train.py', clips, *SMALL, '--results', 'wide', '--image-size', 16, 32)
     noise = [[checkpoint.load(checkpoint.newest(folder))['config']['diffusion'][name] for name in ('schedule_shift', 'min_snr_gamma',
               'min_snr_power')] for folder in ('results', 'free', 'wide')]
+    assert not checkpoint.load_run('results')['config']['unet']['frame_numbers']
     # More noise where there are captions and more pixels, and steps weighed where that was measured.
     assert code == 0 and noise == [[20 * 20 / 16 ** 2, 16 ** 2 / 20 ** 2, 0.25], [1., None, 1.], [2., 0.5, 0.25]]
     code, out, _ = run('sample.py', 'free', '--count', 3, '--device', 'cpu', '--sampler', 'ddpm', '--steps', 3)

@@ -75,7 +75,7 @@ FLAGS = {
         Flag('--attn-heads', int, None, 'heads of temporal attention', D),
         Flag('--attn-dim-head', int, None, 'width of a head', D),
         Flag('--linear-attention', 'switch', None, 'spatial linear attention at every level', D),
-        Flag('--frame-numbers', 'switch', None, 'tell the U-Net which frame is the first [in latents, whose frames are few]', D),
+        Flag('--frame-numbers', 'switch', None, 'tell the U-Net which frame is the first [in latents, and with --quick]', D),
         Flag('--vae', str, None, 'a trained VAE, its results folder or a checkpoint: diffuse in its latents', D, metavar='RESULTS'),
         Flag('--cache-latents', bool, False, 'encode each clip once, into the folder latents/ beside the VAE', D),
         Flag('--low-res', int, None, 'with --vae: learn to enlarge clips so many times', D, metavar='FACTOR'),
