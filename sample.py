@@ -70,6 +70,7 @@ FLAGS = {
     'how (what is not given is as in training)': [
         Flag('--sampler', tuple(samplers.SAMPLERS), None, ''),
         Flag('--steps', int, None, 'steps of the sampler'),
+        Flag('--spacing', samplers.SPACINGS, None, 'which of all: cosine is for three or five', metavar='NAME'),
         Flag('--cond-scale', float, None, 'guidance towards the prompt, 1 is none'),
         Flag('--guidance-rescale', float, None, '0 to 1: take back so much of the contrast that a large --cond-scale adds'),
         Flag('--dynamic-guidance', float, None, 'exponent: let guidance grow from 1 to 1 + --cond-scale, 5 in CogVideoX'),

@@ -96,7 +96,7 @@ def test_cogvideox_equals_diffusers(monkeypatch, name, scheduler, zero_snr, spac
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize('spacing', samplers.SPACINGS)
+@pytest.mark.parametrize('spacing', ['trailing', 'leading', 'linspace'])
 @pytest.mark.parametrize('count', [1, 2, 7, 20, 50, 333, 1000])
 def test_spacing_equals_diffusers(spacing, count):
     scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
@@ -110,10 +110,16 @@ def test_spaced_steps_begin_and_end_where_they_say():
     assert spaced_steps(1000, 4) == [999, 749, 499, 249]
     assert spaced_steps(1000, 4, 'leading') == [750, 500, 250, 0]
     assert spaced_steps(1000, 4, 'linspace') == [999, 666, 333, 0]
-    assert spaced_steps(10, 1) == spaced_steps(10, 1, 'linspace') == [9]
+    assert spaced_steps(1000, 3, 'cosine') == [999, 865, 499]
+    assert spaced_steps(10, 1) == spaced_steps(10, 1, 'linspace') == spaced_steps(10, 1, 'cosine') == [9]
+    for timesteps in (1, 2, 7, 50):
+        assert spaced_steps(timesteps, None, 'cosine') == list(range(timesteps - 1, -1, -1))
+        for count in range(1, timesteps + 1):
+            steps = spaced_steps(timesteps, count, 'cosine')
+            assert len(steps) == count and steps[0] == timesteps - 1 and steps == sorted(set(steps), reverse=True) and steps[-1] >= 0
     with pytest.raises(ValueError, match='steps=11.*1 to 10'):
         spaced_steps(10, 11)
-    with pytest.raises(ValueError, match="spacing='even'.*'trailing', 'leading', 'linspace'"):
+    with pytest.raises(ValueError, match="spacing='even'.*'trailing', 'leading', 'linspace', 'cosine'"):
         spaced_steps(10, 2, 'even')
 
 

@@ -21,6 +21,7 @@ Every coefficient is a Python float from the float64 schedule: exact, the same o
 step waits for the device. They hold at both ends: from alpha = 0 (see `zero_snr`) and to the clean video.
 """
 
+import math
 from typing import Callable, Iterable, Iterator
 
 import torch
@@ -35,14 +36,15 @@ Denoiser = Callable[[Tensor, int | Tensor], Tensor]
 Steps = list[int] | Tensor
 Progress = bool | Callable[[Steps], Iterable[int | Tensor]]    # a bar or none; or what hands out the steps, or raises
 
-SPACINGS = ('trailing', 'leading', 'linspace')
+SPACINGS = ('trailing', 'leading', 'linspace', 'cosine')
 
 
 def spaced_steps(timesteps: int, count: int | None, spacing: str = 'trailing') -> list[int]:
-    """`count` of the steps T-1 .. 0, falling and evenly spaced; None: all of them (names as in arXiv 2305.08891, table 2).
+    """`count` of the steps T-1 .. 0, falling; None: all of them (names of those evenly spaced as in arXiv 2305.08891, table 2).
 
     'trailing' begins at T-1, where the training noise is purest, and is the one to use. 'leading' ends at 0, but begins
     below T-1 with a video that is noisier than the network is told; 'linspace' does both, and its step to 0 gains little.
+    'cosine' takes most of its steps where there is much noise and motion is decided: for three or five steps (see RESULTS.md).
     """
     count = timesteps if count is None else count
     if not 1 <= count <= timesteps:
@@ -52,6 +54,12 @@ def spaced_steps(timesteps: int, count: int | None, spacing: str = 'trailing') -
         return [i * (timesteps // count) for i in reversed(range(count))]
     if spacing == 'linspace' and count > 1:  # of one step, the first
         return [round(i * (timesteps - 1) / (count - 1)) for i in reversed(range(count))]
+    if spacing == 'cosine':
+        steps = []
+        for i in range(count):               # each step once: of very many the first would lie too near to one another
+            t = round(timesteps * math.cos(math.pi / 2 * i / count)) - 1
+            steps.append(max(count - 1 - i, min(t, steps[-1] - 1 if steps else t)))
+        return steps
     return [round(timesteps - i * timesteps / count) - 1 for i in range(count)]
 
 

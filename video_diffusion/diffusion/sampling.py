@@ -28,7 +28,7 @@ class Sampling:
     sampler: str = 'ddpm'                         # 'ddpm', 'ddim', 'dpm++2m' or 'dpm++2m_sde'; see samplers.py
     steps: int | None = None                      # None: every step the model was trained with
     cond_scale: float = 1.                        # guidance: 1 follows cond as trained, more exaggerates it
-    spacing: str = 'trailing'                     # 'trailing', 'leading' or 'linspace'
+    spacing: str = 'trailing'                     # 'trailing', 'leading', 'linspace' or, of few, 'cosine'
     eta: float = 0.                               # of 'ddim' only: the share of noise that is fresh
     guidance_rescale: float = 0.                  # these two are for large scales: see guidance.py
     dynamic_guidance: float | None = None         # exponent of a scale that grows during sampling
