@@ -138,7 +138,7 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         raise ValueError('--cond-scale and --null-cond-prob are for captions, and there are none')
     encoder = WordEncoder() if captioned else None
     if args.frame_numbers is None:
-        args.frame_numbers = few_latents(args) or args.quick and args.network == 'unet' and args.frame_noise == 'shared'
+        args.frame_numbers = frames_together(args) and bool(args.vae or args.quick)
     network = new_network(args, channels, encoder, folder.captions if captioned else [], cond_frames=told > 0)
     shift = schedule_shift(args, (frames, height, width), captioned)
     diffusion = GaussianDiffusion(
@@ -158,19 +158,19 @@ def schedule_shift(args: argparse.Namespace, size: tuple[int, int, int], caption
     """Over many pixels noise averages out, so a larger clip needs more of it before only its caption can tell what it shows
     (Hoogeboom et al. 2023, arXiv 2301.11093). 16x16 is what the other settings were chosen at."""
     if args.schedule_shift is None:
-        return max(1., size[1] * size[2] / 16 ** 2) if captioned and (not args.vae or few_latents(args)) else 1.
+        return max(1., size[1] * size[2] / 16 ** 2) if captioned and (not args.vae or frames_together(args)) else 1.
     return args.schedule_shift
 
 
-def few_latents(args: argparse.Namespace) -> bool:
-    """A U-Net in latents, all frames together: they are few and far apart, so it has to be told which is the first."""
-    return bool(args.vae) and args.network == 'unet' and args.frame_noise == 'shared'
+def frames_together(args: argparse.Namespace) -> bool:
+    """A U-Net whose frames share one noise. In latents these are few and far apart, so it has to be told which is the first."""
+    return args.network == 'unet' and args.frame_noise == 'shared'
 
 
 def step_weights(args: argparse.Namespace, shift: float, captioned: bool) -> dict:
     """See min_snr_weight in objective.py. A shifted schedule has the same steps at so many times less signal."""
     gamma, power = args.min_snr, args.min_snr_power
-    measured = few_latents(args) or captioned and not args.vae and args.network == 'unet' and args.frame_noise == 'shared'
+    measured = frames_together(args) and bool(args.vae or captioned)
     if gamma is None and measured and args.objective == 'x0' and args.loss == 'l2':
         gamma, default = (0.25 / shift, 0.5) if args.vae else (1 / shift, 0.25)
         power = default if power is None else power

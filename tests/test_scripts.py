@@ -217,11 +217,12 @@ def test_schedules_samplers_and_guidance_by_flags(run, clips):
         schedule='scaled_linear', schedule_shift=3., zero_snr=True, min_snr_gamma=5., min_snr_power=1., offset_noise=0.1).items()
     common = ['results', '--prompt', 'a red circle', '--device', 'cpu', '--sampler', 'dpm++2m', '--steps', 3]
     pictures = []
-    for more in ([], ['--negative', 'a blue square'], ['--guidance-rescale', 0.7], ['--dynamic-guidance', 5]):
+    for more in ([], ['--negative', 'a blue square'], ['--guidance-rescale', 0.7], ['--dynamic-guidance', 5],
+                 ['--spacing', 'cosine']):
         code, _, err = run('sample.py', *common, *more, '--cond-scale', 20, '--overwrite')
         assert code == 0, err
         pictures.append(Path('samples/all.gif').read_bytes())
-    assert len(set(pictures)) == 4
+    assert len(set(pictures)) == 5
 
 
 @pytest.mark.slow
