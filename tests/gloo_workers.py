@@ -1,4 +1,4 @@
-"""A few gloo processes that run functions for the tests; started once, because starting takes seconds."""
+"""A few gloo processes that run functions for the tests; started once for all tests of a file."""
 
 import os
 import tempfile
@@ -7,19 +7,18 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from together import CONTEXT
 
 
 class Workers:
     """`run(function, *args)` calls function(rank, *args) in every process and returns the list of results."""
 
     def __init__(self, number: int, timeout: float = 60.):
-        context = mp.get_context('spawn')
         store = os.path.join(tempfile.mkdtemp(), 'store')
-        pipes = [context.Pipe() for _ in range(number)]
+        pipes = [CONTEXT.Pipe() for _ in range(number)]
         self.pipes = [ours for ours, _ in pipes]
         jobs = [(rank, number, store, timeout, theirs) for rank, (_, theirs) in enumerate(pipes)]
-        self.processes = [context.Process(target=serve, args=job, daemon=True) for job in jobs]
+        self.processes = [CONTEXT.Process(target=serve, args=job, daemon=True) for job in jobs]
         for process in self.processes:
             process.start()
 

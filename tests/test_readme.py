@@ -67,9 +67,12 @@ def test_every_shell_block_runs(block, desk, monkeypatch):
         if not words or words[0] in ('pip', 'git'):
             continue
         if words[0] == 'torchrun':
-            torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
-            command = [*([*together.COMMAND, '2'] if '--shard' in words else torchrun), str(ROOT / words[2]), *words[3:]]
-            subprocess.run(command, check=True, timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            if '--shard' in words:
+                together.run(2, ROOT / words[2], *words[3:])
+            else:                                                           # torchrun itself, once
+                torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
+                subprocess.run([*torchrun, str(ROOT / words[2]), *words[3:]], check=True, timeout=200,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1'})
         else:
             assert words[0] == 'python', line
             monkeypatch.setattr(sys, 'argv', words[1:])

@@ -3,11 +3,8 @@
 import csv
 import os
 import pickle
-import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -168,51 +165,6 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(clips, tmp_path, stop):
     second.train(prob_focus_present=0.3)
     assert_same_state(second.state_dict(), whole.state_dict())
     assert read_log(tmp_path / 'parts') == read_log(tmp_path / 'whole')
-
-
-KILLED = """
-import sys; sys.path[:0] = [{here!r}, {root!r}]
-from test_trainer import make_trainer
-from video_diffusion import checkpoint
-from pathlib import Path
-import torch; torch.set_num_threads(1)
-trainer = make_trainer({clips!r}, Path({results!r}), train_num_steps=20, save_and_sample_every=1, num_sample_rows=1, sample_steps=1)
-if checkpoint.milestones({results!r}):
-    trainer.load(-1)
-print('ready', flush=True)
-trainer.train()
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(clips, tmp_path):
-    """A real process, real SIGKILLs; it saves at every step, so that many kills fall into a save."""
-    def start(results):
-        code = KILLED.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(results))
-        return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    process = start(whole)
-    process.stdout.readline()
-    began = time.monotonic()
-    assert process.wait(timeout=120) == 0
-    duration = time.monotonic() - began
-
-    rng = random.Random()
-    kills = 0
-    for _ in range(30):
-        process = start(parts)
-        while process.stdout.readline() not in ('ready\n', ''):
-            pass
-        try:
-            process.wait(timeout=rng.uniform(0.05, 0.35) * duration if kills < 2 else 120)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills == 2 and process.returncode == 0
-    assert_same_state(checkpoint.load(checkpoint.newest(parts)), checkpoint.load(checkpoint.newest(whole)))
-    assert read_log(parts) == read_log(whole)
 
 
 def test_a_checkpoint_from_before_a_setting_existed_goes_on(clips, tmp_path):
@@ -410,8 +362,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(clips, tmp_path):
         path = tmp_path / f'{name}.py'
         path.write_text(TWO.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(tmp_path / name), batch=batch))
         return str(path)
-    subprocess.run([*together.COMMAND, '2', code('two', 2)], check=True, timeout=200, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    subprocess.run([sys.executable, code('one', 4)], check=True, timeout=100, capture_output=True)
+    together.run(2, code('two', 2))
+    together.run(1, code('one', 4))
     two, one = (checkpoint.load(checkpoint.newest(tmp_path / name)) for name in ('two', 'one'))
     two['optimizer'] = two['optimizer']['state']; one['optimizer'] = one['optimizer']['state']
     assert_same_state(two['model'], one['model'], tolerance=1e-5)
@@ -449,8 +401,7 @@ def test_processes_that_begin_with_other_weights_average_the_same_ones(clips, tm
     results.mkdir()
     path = tmp_path / 'two.py'
     path.write_text(DIFFERENT.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), results=str(results)))
-    subprocess.run([*together.COMMAND, '2', str(path)],
-                   check=True, timeout=200, capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    together.run(2, path)
     first, second = (torch.load(results / f'rank{rank}.pt') for rank in (0, 1))
     for part in ('begun', 'ema'):
         assert first[part].keys() == second[part].keys()

@@ -7,9 +7,8 @@ import pty
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -383,13 +382,13 @@ def test_a_lost_process_is_a_sentence_and_other_faults_are_not(monkeypatch):
             raise RuntimeError('shapes cannot be multiplied')
 
 
-def started(*flags, before: str = '', **how) -> subprocess.Popen:
-    """Two processes of train.py; `before` is run in each first."""
+def run_to_the_end(folder, *flags, before: str, timeout: float = 200.) -> together.Started:
+    """Two processes of train.py in this folder; `before` is run in each first."""
     code = f'import os, runpy, sys\nrank = int(os.environ["RANK"])\n{before}\nsys.argv[0] = "train.py"\nrunpy.run_path({str(HERE.parent / "train.py")!r}, run_name="__main__")'
-    (how['cwd'] / 'start.py').write_text(code)
-    return subprocess.Popen([*together.COMMAND, '2', 'start.py', *map(str, flags)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(HERE.parent)}, **how)
+    (folder / 'start.py').write_text(code)
+    started = together.Started(2, 'start.py', *flags, cwd=folder)
+    started.wait(timeout)
+    return started
 
 
 HURT = """
@@ -408,9 +407,8 @@ TINY = ['--dim', 8, '--dim-mults', 1, 2, '--batch-size', 2, '--sample-every', 10
 @pytest.mark.slow
 @pytest.mark.parametrize('flag, says', [(['--steps', '3'], "steps: 9 in process 0 and 3 in process 1"), (['--lr', '0.5'], 'lr: None in process 0 and 0.5')])
 def test_processes_with_different_flags_end_at_once(clips, tmp_path, flag, says):
-    process = started(clips, *TINY, '--steps', 9, cwd=tmp_path, before=f'sys.argv += {flag} * rank')
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode and says in output and 'start.py", line' not in output
+    process = run_to_the_end(tmp_path, clips, *TINY, '--steps', 9, before=f'sys.argv += {flag} * rank')
+    assert process.returncode and says in process.output and 'start.py", line' not in process.output
     assert not list((tmp_path / 'results').glob('*')) if (tmp_path / 'results').exists() else True
 
 
@@ -418,78 +416,83 @@ def test_processes_with_different_flags_end_at_once(clips, tmp_path, flag, says)
 @pytest.mark.parametrize('number', [signal.SIGSTOP, signal.SIGKILL])
 def test_a_process_that_stands_still_or_dies_ends_the_others(clips, tmp_path, number):
     """In the middle of training; the main process ends by itself, with --timeout 8."""
-    process = started(clips, *TINY, '--steps', 10 ** 6, '--timeout', 8, cwd=tmp_path, before=HURT.format(number=int(number)))
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode and 'waited in vain for the others' in output, output[-3000:]
+    process = run_to_the_end(tmp_path, clips, *TINY, '--steps', 10 ** 6, '--timeout', 8, before=HURT.format(number=int(number)))
+    assert process.returncode and 'waited in vain for the others' in process.output, process.output[-3000:]
     assert (tmp_path / 'results' / 'log.csv').exists()
 
 
 # Many signals and kills
 
-MANY = """
-import os, random, shutil, signal, sys, time
-sys.path[:0] = [{here!r}, {root!r}]
-sys.stderr = sys.stdout = open(os.devnull, 'w')
-import torch; torch.set_num_threads(1)
-from pathlib import Path
-from test_trainer import make_trainer
-from video_diffusion import checkpoint
-
-def run(results):
-    trainer = make_trainer({clips!r}, results, train_num_steps=8, save_and_sample_every=1, num_sample_rows=1, sample_steps=2,
-                           gradient_accumulate_every=1, log_every=1)
-    if checkpoint.milestones(results):
-        trainer.load(-1)
-    trainer.train()
-
-def child(results):
+def run_of_eight(clips, results) -> int:
+    """A process that trains, or goes on, as a script does: signals are not Python's yet."""
     pid = os.fork()
     if pid == 0:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         code = 1
         try:
-            run(results); code = 0
+            trainer = make_trainer(clips, results, **SMALL | dict(train_num_steps=8), sample_steps=2)
+            if checkpoint.milestones(results):
+                trainer.load(-1)
+            trainer.train()
+            code = 0
         finally:
             os._exit(code)
     return pid
 
-base, number, wanted = Path({base!r}), {number}, {wanted}
-start = time.monotonic()
-pid = child(base / 'whole'); assert os.waitpid(pid, 0)[1] == 0
-duration = time.monotonic() - start
-sent = rounds = 0
-chance = random.Random({number})
-while sent < wanted:
-    results = base / f'round{{rounds}}'
-    for _ in range(200):
-        start = time.monotonic()
-        pid = child(results)
-        deadline = start + chance.uniform(0.1, 0.7) * duration
-        ended = 0
-        while not ended and (sent >= wanted or time.monotonic() < deadline):
-            ended = os.waitpid(pid, os.WNOHANG)[0]; time.sleep(0.002)
-        if not ended:
-            os.kill(pid, number); sent += 1
-            os.waitpid(pid, 0)
-        elif len(checkpoint.milestones(results)) == 8 and (results / '8.gif').exists():
-            break
-    rounds += 1
-sys.__stdout__.write(f'{{sent}} {{rounds}}')
-"""
+
+def in_peace(clips, results) -> float:
+    """Seconds that it takes."""
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    assert os.waitpid(run_of_eight(clips, results), 0)[1] == 0
+    return time.monotonic() - start
+
+
+def with_signals(clips, base, number, wanted, duration) -> tuple[int, int]:
+    """`wanted` signals at random moments, in as many runs as it takes: how many of either."""
+    torch.set_num_threads(1)
+    chance, sent, rounds = random.Random(int(number)), 0, 0
+    while sent < wanted:
+        results = base / f'round{rounds}'
+        for _ in range(200):
+            deadline = time.monotonic() + chance.uniform(0.1, 0.7) * duration
+            pid, ended = run_of_eight(clips, results), 0
+            while not ended and (sent >= wanted or time.monotonic() < deadline):
+                ended = os.waitpid(pid, os.WNOHANG)[0]
+                time.sleep(0.002)
+            if not ended:
+                os.kill(pid, number)
+                os.waitpid(pid, 0)
+                sent += 1
+            elif len(checkpoint.milestones(results)) == 8 and (results / '8.gif').exists():
+                break
+        rounds += 1
+    return sent, rounds
+
+
+@pytest.fixture(scope='module')
+def process():
+    with ProcessPoolExecutor(1, mp_context=together.CONTEXT) as pool:
+        yield pool
+
+
+@pytest.fixture(scope='module')
+def whole(process, clips, tmp_path_factory):
+    """The run that nothing interrupts, and its seconds."""
+    results = tmp_path_factory.mktemp('whole')
+    return results, process.submit(in_peace, clips, results).result(timeout=200)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number, wanted', [(signal.SIGTERM, 20), (signal.SIGINT, 20), (signal.SIGHUP, 20), (signal.SIGKILL, 100)])
-def test_stopped_or_killed_at_any_moment_everything_is_there(clips, tmp_path, slow, number, wanted):
+def test_stopped_or_killed_at_any_moment_everything_is_there(process, whole, clips, tmp_path, slow, number, wanted):
     """Real processes, at random moments, which save and draw all the time: weights, log and pictures are those of a run in peace."""
-    code = MANY.format(here=str(HERE), root=str(HERE.parent), clips=str(clips), base=str(tmp_path), number=int(number), wanted=wanted if slow else 2)
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=1800, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
-    sent, rounds = map(int, done.stdout.split())
-    assert sent == (wanted if slow else 2)
+    whole, duration = whole
+    wanted = wanted if slow else 2
+    sent, rounds = process.submit(with_signals, clips, tmp_path, number, wanted, duration).result(timeout=1800)
+    assert sent == wanted
     print(f'{sent} x {signal.Signals(number).name} in {rounds} runs')
-    whole = tmp_path / 'whole'
     for number in range(rounds):
         parts = tmp_path / f'round{number}'
         assert_same_state(checkpoint.load(checkpoint.newest(parts)), checkpoint.load(checkpoint.newest(whole)))

@@ -1,36 +1,82 @@
-"""Processes that train together, as torchrun starts them, out of one interpreter: it imports PyTorch once and then forks.
+"""Processes that tests start, forked from one that has imported PyTorch: an import takes four seconds of a core.
 
-    python tests/together.py 2 train.py clips/ --steps 4
+    output = together.run(2, 'train.py', 'clips/', '--steps', '4')     # two processes, as torchrun starts them
+    started = together.Started(1, 'script.py')                         # one, alone; started.wait(), .returncode, .output
 
-Three interpreters, torchrun's own and one for each process, cost three times the seconds that an import takes. The main process
-must come to an end by itself, whatever happens to the others; if it fails they are killed, for one may stand still.
+Of several the main process must come to an end by itself, whatever happens to the others; if it fails they are killed, for one
+may stand still.
 """
 
+import multiprocessing
 import os
 import runpy
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
-COMMAND = [sys.executable, __file__]
+ROOT = Path(__file__).parents[1]
+CONTEXT = multiprocessing.get_context('forkserver')         # a process that only imports, and forks
+CONTEXT.set_forkserver_preload(['pytest', 'torch._dynamo', 'torchvision', 'video_diffusion.training.trainer',
+                                'video_diffusion.training.vae_trainer', 'video_diffusion.training.script'])
 
 
-def main(number: int, script: str) -> int:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import torch._dynamo  # noqa: F401     which an optimiser imports at its first step
+def run(number: int, script: str | Path, *args, timeout: float = 200.) -> str:
+    """What `number` processes print that run a script with these arguments in this folder; none may fail."""
+    started = Started(number, script, *args)
+    started.wait(timeout)
+    assert started.returncode == 0, started.output
+    return started.output
 
-    import video_diffusion  # noqa: F401
+
+class Started:
+    def __init__(self, number: int, script: str | Path, *args, cwd: str | Path = '.'):
+        handle, self.printed = tempfile.mkstemp()
+        os.close(handle)
+        argv = [str(arg) for arg in (script, *args)]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        self.process = CONTEXT.Process(target=lead, args=(number, argv, str(Path(cwd).resolve()), self.printed, environment))
+        self.process.start()
+
+    def wait(self, timeout: float) -> None:
+        self.process.join(timeout)
+        if self.process.is_alive():
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise TimeoutError(f'still running after {timeout} s: {self.output}')
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def output(self) -> str:
+        return Path(self.printed).read_text(errors='replace')
+
+
+def lead(number: int, argv: list[str], cwd: str, printed: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    os.chdir(cwd)
+    os.environ |= environment
+    sys.path.insert(0, str(ROOT))
+    sys.argv = argv
+    import torch
+    torch.set_num_threads(1)
+    with open(printed, 'wb') as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout, sys.stderr = (open(stream, 'w', buffering=1, closefd=False) for stream in (1, 2))
+    if number == 1:
+        os._exit(run_script(argv[0]))
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    main_process = fork(0, number, port, script)
-    others = [fork(rank, number, port, script) for rank in range(1, number)]
+    main_process, *others = [fork(rank, number, port, argv[0]) for rank in range(number)]
     failed = os.waitpid(main_process, 0)[1] != 0
     for pid in others * failed:
         os.kill(pid, signal.SIGKILL)
-    return int(any([os.waitpid(pid, 0)[1] for pid in others]) or failed)
+    os._exit(int(any([os.waitpid(pid, 0)[1] for pid in others]) or failed))
 
 
 def fork(rank: int, number: int, port: int, script: str) -> int:
@@ -38,6 +84,10 @@ def fork(rank: int, number: int, port: int, script: str) -> int:
     if pid:
         return pid
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os._exit(run_script(script))
+
+
+def run_script(script: str) -> int:
     code = 0
     try:
         runpy.run_path(script, run_name='__main__')
@@ -47,9 +97,4 @@ def fork(rank: int, number: int, port: int, script: str) -> int:
         traceback.print_exc()
         code = 1
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-
-
-if __name__ == '__main__':
-    del sys.argv[0]
-    sys.exit(main(int(sys.argv.pop(0)), sys.argv[0]))
+    return code
