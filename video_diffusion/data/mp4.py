@@ -159,9 +159,8 @@ def picture(convert, channels: int, size: Size | None, frame) -> Tensor:
 # ------------------------------------------------------------------------------------- writing
 
 
-def video_tensor_to_mp4(
-    tensor: Tensor, path, fps: float = 8, crf: int = 18, lossless: bool = False, *, scale: int | None = 1,
-) -> None:
+def video_tensor_to_mp4(tensor: Tensor, path, fps: float = 8, crf: int = 18, lossless: bool = False, *,
+                        scale: int | None = 1) -> None:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, as H.264; transparency is lost.
 
     `crf` is how coarse it may be: 0 is best, 18 looks like the original, 51 is worst.  H.264 keeps colours at half the
