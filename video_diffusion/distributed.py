@@ -126,10 +126,7 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name) if kind != 'cuda' or index else torch.device('cuda', local_rank)
 
 
-TIMEOUT = timedelta(minutes=2)
-
-
-def init(timeout: timedelta = TIMEOUT, device: str | None = None, context_parallel: int = 1) -> Processes:
+def init(timeout: timedelta = timedelta(minutes=2), device: str | None = None, context_parallel: int = 1) -> Processes:
     """Join the group that torchrun announces, or be a group of one.
 
     A process that waits longer than `timeout` for the others raises, rather than hang for ever.

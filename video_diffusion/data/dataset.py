@@ -216,8 +216,7 @@ class GifDataset(Dataset):
                 if self.strict:
                     raise
                 self.bad.add(candidate)
-                warnings.warn(f'{error} (skipped, as {len(self.bad)} of {len(self)} clips so far: '
-                              'the next one stands in for it)')
+                warnings.warn(f'{error} (skipped, as {len(self.bad)} of {len(self)} clips so far: the next one stands in for it)')
         raise ValueError(f'no clip can be read any more: all {len(self)} files are damaged or gone')
 
     def own_generator(self) -> torch.Generator:

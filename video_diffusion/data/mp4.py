@@ -50,8 +50,7 @@ def read_video(path, channels: int = 3, *, num_frames: int | None = None, start:
         # Without fps all frames that come are taken: where their rate varies, the clock of `nearest` would leave some out.
         later = (frame for seconds, frame in timed if frame is not None and seconds >= (start - 0.5) / rate)
         frames = nearest(timed, fps, start, num_frames) if fps else islice(later, num_frames)
-        to_picture = partial(picture, converter(), channels, size)
-        return collect(path, map(to_picture, frames), start)
+        return collect(path, map(partial(picture, converter(), channels, size), frames), start)
 
 
 def video_shape(path) -> tuple[int, float, int, int]:
