@@ -75,9 +75,25 @@ def long(diffusion: GaussianDiffusion, way: str | None, frames: int, args: argpa
         frames, prompts[rows] if has_words else None, args.cond_scale, len(prompts[rows]), overlap=args.overlap, seed=rows.start,
         later_cond_scale=later_scale, known_by=way, known_noise=args.known_noise, history_scale=args.history_scale,
         sampler=args.sampler, steps=args.steps, progress=False))
-    lasted = shapes.lawful_frames(drawn)
+    lasted = lawful_frames(drawn)
     every8 = 100 * sum(count == frames for count in lasted) / len(lasted)
     report(f'{frames} frames', way, drawn, args, lawful_by_8=every8, frames_until_broken=sum(lasted) / len(lasted))
+
+
+def lawful_frames(videos: Tensor, window: int = 8) -> list[int]:
+    """Frames of each clip (b c f h w) until the first broken law: all of them, if none is.
+
+    For over a hundred frames the smallest error of speed adds up to more than any path may be off. So the laws are asked of every
+    `window` frames in a row, and of all of them that they show the same shape in the same colour.
+    """
+    frames = videos.shape[2]
+    first = shapes.grade_batch(videos[:, :, :window])
+    counts = [frames if one.lawful else 0 for one in first]
+    for end in range(window + 1, frames + 1):
+        for clip, now in enumerate(shapes.grade_batch(videos[:, :, end - window:end])):
+            if not now.lawful or (now.shape, now.colour) != (first[clip].shape, first[clip].colour):
+                counts[clip] = min(counts[clip], end - 1)            # frame end - 1 is the one that broke it
+    return counts
 
 
 def in_batches(count: int, draw, size: int = 16) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from gloo_workers import Workers
 from torch import nn
 
-from video_diffusion.distributed import data_and_frames_mesh
+from video_diffusion.distributed import init
 from video_diffusion.vae.causal_vae import CausalVAE
 from video_diffusion.vae.context_parallel import CausalConv3d, GroupNorm, Piece, PrependBorrowed
 from video_diffusion.vae.frame_shares import agree_on_shares, gather_frames, split_frames, sum_gradients
@@ -145,8 +145,12 @@ def test_the_same_with_gradient_checkpointing(workers):
 
 def compare_mesh(rank, adjacent):
     """Two clips on 2 x 2 processes; gradients are summed over frames and averaged over data."""
-    mesh = data_and_frames_mesh(frames=2, timeout=timedelta(seconds=30), adjacent=adjacent)
-    frames_group, data_group = mesh.get_group('frames'), mesh.get_group('data')
+    pairs, across = [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+    frames_group, data_group = (dist.new_subgroups_by_enumeration(ranks, timeout=timedelta(seconds=30))[0]
+                                for ranks in ((pairs, across) if adjacent else (across, pairs)))
+    if adjacent:
+        with mock.patch.dict(os.environ, WORLD_SIZE='4'), mock.patch('torch.distributed.init_process_group'):
+            frames_group = init(timedelta(seconds=30), 'cpu', context_parallel=2).frames_group
     partner = {True: [0, 1], False: [0, 2]}[adjacent]
     assert (rank in partner) == (sorted(dist.get_process_group_ranks(frames_group)) == partner)
     reference = small_vae('clip', torch.float64)
@@ -155,7 +159,7 @@ def compare_mesh(rank, adjacent):
         (objective(*reference(video, sample=False), weights) / 2).backward()
 
     vae = small_vae('clip', torch.float64).context_parallel(frames_group)
-    video, weights = video_and_weights(9, torch.float64, seed=mesh.get_local_rank('data'))
+    video, weights = video_and_weights(9, torch.float64, seed=dist.get_rank(data_group))
     part = split_frames(video, frames_group, 4)
     objective(*vae(part, sample=False), split_frames(weights, frames_group, 4)).backward()
     sum_gradients(vae.parameters(), frames_group)
@@ -196,7 +200,7 @@ def test_gradients_travel_in_one_message_per_dtype(workers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('adjacent', [True, False])
-def test_two_groups_at_once_in_both_layouts_of_the_mesh(workers, adjacent):
+def test_two_groups_at_once_in_both_layouts(workers, adjacent):
     assert_close(workers.run(compare_mesh, adjacent), 1e-10)
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from bench_frames import lawful_frames
 from torchvision.transforms.functional import gaussian_blur
 
 from video_diffusion import ClipFolder
@@ -23,7 +24,6 @@ from video_diffusion.data.shapes import (
     grade,
     grade_all,
     grade_batch,
-    lawful_frames,
     make_shapes,
     random_clip,
 )

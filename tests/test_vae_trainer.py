@@ -14,7 +14,7 @@ from gloo_workers import Workers
 from test_trainer import assert_same_state
 
 from video_diffusion import checkpoint, gif_to_tensor, shapes
-from video_diffusion.distributed import Processes, data_and_frames_mesh
+from video_diffusion.distributed import Processes
 from video_diffusion.training.vae_trainer import VAETrainer, start_from
 from video_diffusion.vae.causal_vae import CausalVAE
 from video_diffusion.vae.vae_checkpoint import vae_from_checkpoint, vae_from_state
@@ -288,7 +288,7 @@ def soften(trainer):
 
 
 def three_steps(rank, clips, results, sharers, scope, settings):
-    group = None if sharers == 1 else data_and_frames_mesh(sharers).get_group('frames')
+    group = None if sharers == 1 else dist.new_subgroups(sharers)[0]
     processes = Processes(rank, 4, torch.device('cpu'), dist.group.WORLD, group)
     vae = small_vae(norm_scope=scope)
     if rank:                                      # processes that begin differently agree on the first one's weights

@@ -17,7 +17,6 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -127,14 +126,15 @@ def usable_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device(name) if kind != 'cuda' or index else torch.device('cuda', local_rank)
 
 
-TIMEOUT = timedelta(minutes=2)
-
-
-def init(timeout: timedelta = TIMEOUT, device: str | None = None, context_parallel: int = 1) -> Processes:
+def init(timeout: timedelta = timedelta(minutes=2), device: str | None = None, context_parallel: int = 1) -> Processes:
     """Join the group that torchrun announces, or be a group of one.
 
     A process that waits longer than `timeout` for the others raises, rather than hang for ever.
-    With `context_parallel` so many processes share the frames of each clip.
+    With `context_parallel` so many processes share the frames of each clip: neighbours in rank, for as torchrun counts
+    they are the devices of one machine. Of 8 processes and context_parallel=2:
+
+        ranks     0 1     2 3     4 5     6 7       0, 2, 4 and 6 hold the first frames of their clips, the others the rest
+        clips      a       b       c       d
     """
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
@@ -150,33 +150,10 @@ def init(timeout: timedelta = TIMEOUT, device: str | None = None, context_parall
     patient_group = dist.new_group(backend='gloo', timeout=10 * timeout)
     frames_group = None
     if context_parallel > 1:
-        frames_group = data_and_frames_mesh(context_parallel, place.type, timeout).get_group('frames')
+        if world_size % context_parallel:
+            raise ValueError(f'frames={context_parallel}: does not divide the {world_size} processes')
+        frames_group, _ = dist.new_subgroups(context_parallel, timeout=timeout)         # of neighbours in rank
     return Processes(dist.get_rank(), world_size, place, cpu_group, frames_group, patient_group)
-
-
-def data_and_frames_mesh(frames: int, device_type: str = 'cpu', timeout: timedelta = TIMEOUT,
-                         adjacent: bool = True) -> DeviceMesh:
-    """Processes in a grid: data parallel along one axis, context parallel (one clip's frames) along the other.
-
-    8 processes, frames=2:      frames 0  1
-                          data 0:      0  1      processes 0 and 1 share one clip,
-                               1:      2  3      processes 0, 2, 4, 6 hold the same frames of four clips
-                               2:      4  5
-                               3:      6  7
-
-    `vae.context_parallel(mesh.get_group('frames'))` splits clips; gradients are summed over 'frames'
-    (`frame_shares.sum_gradients`), then averaged over 'data'. Every group has a time-out.
-    `adjacent` puts neighbouring ranks (the devices of one machine, as torchrun counts) on the same clip.
-    """
-    world = dist.get_world_size()
-    if frames < 1 or world % frames:
-        raise ValueError(f'frames={frames}: does not divide the {world} processes')
-    ranks = torch.arange(world)
-    grid = ranks.view(-1, frames) if adjacent else ranks.view(frames, -1).T          # (data, frames)
-    data_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=timeout)
-    frames_group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=timeout)
-    return DeviceMesh.from_group([data_group, frames_group], device_type, mesh=grid,
-                                 mesh_dim_names=('data', 'frames'))
 
 
 @contextmanager
@@ -185,11 +162,10 @@ def lost_others():
     try:
         yield
     except RuntimeError as error:
-        words = str(error).splitlines()[0] if str(error) else ''
         if not dist.is_initialized() or not any(sign in str(error) for sign in ('gloo', 'NCCL')):
             raise
         raise ConnectionError(f'process {dist.get_rank()} waited in vain for the others: one of them has died, hangs, or needs '
-                              f'longer than the time-out; see its own output ({words:.300})') from error
+                              f'longer than the time-out; see its own output ({str(error).splitlines()[0]:.300})') from error
 
 
 def close() -> None:

@@ -77,8 +77,7 @@ class GifDataset(Dataset):
         stretches = range(clips_per_video)
         self.paths = [path for path in self.source.paths for _ in stretches]
         self.parts = [part for _ in self.source.paths for part in stretches]
-        captions = self.source.captions                     # one str for each clip, or None
-        self.captions = captions and [caption for caption in captions for _ in stretches]
+        self.captions = self.source.captions and [caption for caption in self.source.captions for _ in stretches]
         self.forget()
 
     def forget(self) -> None:
@@ -142,7 +141,7 @@ class GifDataset(Dataset):
         if self.random_window and generator is not None:
             self.windows += 1
             if has_cut(clip):
-                index, clip, begin = self.without_cut(index, clip, begin, generator)
+                index, clip, begin = self.without_cut(index, generator)
         if self.horizontal_flip and flip < 0.5:
             clip = clip.flip(-1)
         return clip, self.captions and self.caption(index, begin)
@@ -159,14 +158,12 @@ class GifDataset(Dataset):
             return caption
         return caption.at(begin if self.rate is None else begin * clip_shape(self.paths[index])[1] / self.rate)
 
-    def without_cut(
-        self, index: int, clip: Tensor, begin: int, generator: torch.Generator, tries: int = 4,
-    ) -> tuple[int, Tensor, int]:
-        """Another window, for a change of scene is not motion; if all have one, the last."""
+    def without_cut(self, index: int, generator: torch.Generator) -> tuple[int, Tensor, int]:
+        """Another window, for a change of scene is not motion; of four that have one, the last."""
         self.cuts += 1
         if self.cuts & self.cuts - 1 == 0:                  # 1, 2, 4, 8, ...: a worker process cannot say it at the end
             warnings.warn(f'{self.cuts} of {self.windows} windows had a change of scene in them and were drawn again')
-        for _ in range(tries):
+        for _ in range(4):
             index, clip, begin = self.readable(index, torch.rand(1, generator=generator).item())
             if not has_cut(clip):
                 break
@@ -179,11 +176,10 @@ class GifDataset(Dataset):
         if self.random_window and end - begin > LONG * self.num_frames:
             begin += int(place * (end - begin - self.num_frames + 1))
             return stand_still(self.read(index, begin, self.num_frames), self.num_frames), begin
-        if index not in self.cache:
+        frames = self.cache.get(index)
+        if frames is None:
             frames = self.read(index, begin, end - begin if self.random_window else self.num_frames)
             self.remember(index, frames)
-        else:
-            frames = self.cache[index]
         length = frames.shape[1]
         start = int(place * max(1, length - self.num_frames + 1)) if self.random_window else 0
         return stand_still(frames[:, start:][:, :self.num_frames].clone(), self.num_frames or length), begin + start
@@ -220,8 +216,7 @@ class GifDataset(Dataset):
                 if self.strict:
                     raise
                 self.bad.add(candidate)
-                warnings.warn(f'{error} (skipped, as {len(self.bad)} of {len(self)} clips so far: '
-                              'the next one stands in for it)')
+                warnings.warn(f'{error} (skipped, as {len(self.bad)} of {len(self)} clips so far: the next one stands in for it)')
         raise ValueError(f'no clip can be read any more: all {len(self)} files are damaged or gone')
 
     def own_generator(self) -> torch.Generator:

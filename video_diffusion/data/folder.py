@@ -31,7 +31,7 @@ from statistics import median
 from torch import Tensor
 
 from .frames import count_frames, naming
-from .gif import picture_shape, read_frames, video_tensor_to_gif
+from .gif import GIF, picture_shape, read_frames, video_tensor_to_gif
 from .mp4 import import_av, read_video, video_shape, video_tensor_to_mp4
 
 VIDEOS = ('mp4', 'webm', 'mov', 'mkv', 'avi')
@@ -146,7 +146,7 @@ def check_ends(path: Path) -> None:
     """Only a file without the first or last bytes of its kind has to prove by decoding that it can be read."""
     with naming(path), open(path, 'rb') as file:
         start = file.read(12)
-        if start[:4] == b'GIF8':
+        if start.startswith(GIF):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b';':
                 read_frames(path, size=(1, 1))
@@ -202,17 +202,14 @@ def read_caption(clip: Path) -> str:
         places.append(Path(*clip.parts[:at], 'labels', *clip.parts[at + 1:]).with_suffix('.txt'))
     for place in filter(Path.is_file, places):
         with open(place, 'rb') as file:
-            return decoded(file.read(MAX_CAPTION + 1), place)
+            text = file.read(MAX_CAPTION + 1)
+        if len(text) > MAX_CAPTION:
+            raise ValueError(f'{place} is too long for a caption: up to {MAX_CAPTION} bytes are read')
+        try:
+            return by_frame(text.decode('utf-8-sig'), place)
+        except UnicodeDecodeError:
+            raise ValueError(f'{place} is not UTF-8: save the caption as UTF-8 text') from None
     return ''
-
-
-def decoded(text: bytes, place) -> str:
-    if len(text) > MAX_CAPTION:
-        raise ValueError(f'{place} is too long for a caption: up to {MAX_CAPTION} bytes are read')
-    try:
-        return by_frame(text.decode('utf-8-sig'), place)
-    except UnicodeDecodeError:
-        raise ValueError(f'{place} is not UTF-8: save the caption as UTF-8 text') from None
 
 
 def by_frame(text: str, place) -> Caption:

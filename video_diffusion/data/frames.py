@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def naming(path) -> Iterator[None]:
 def nearest(timed: Iterable, fps: float, start: int = 0, num_frames: int | None = None) -> Iterator:
     """Of (seconds, frame) those nearest to start / fps, (start + 1) / fps, ...; until the film ends, or there are enough. A single
     picture is no film, and comes once."""
-    wanted = count(start) if num_frames is None else iter(range(start, start + num_frames))
+    wanted = islice(count(start), num_frames)
     target = next(wanted, None)
     for number, ((seconds, frame), (later, following)) in enumerate(pairwise(timed)):
         until = (later if number else min(later, 1 / fps)) if following is None else (seconds + later) / 2

@@ -36,6 +36,7 @@ from ..checks import whole
 from .frames import CHANNELS, Size, check_ending, check_request, check_size, collect, fit, grey, naming, nearest, read_bytes
 
 GREYS = np.array([(i, i, i, 255) for i in range(256)], np.uint8).view(np.uint32)[:, 0]  # the default palette
+GIF = b'GIF8'                                   # so such a file begins
 END, EXTENSION, IMAGE = 0x3B, 0x21, 0x2C        # the first byte of each kind of block
 GRAPHIC_CONTROL = 0xF9                          # the extension with disposal and transparency
 LEAST_SIDE = 96                                 # pixels that a person can see
@@ -62,25 +63,19 @@ def read_frames(path, channels: int = 3, *, num_frames: int | None = None, start
     check_request(channels, fps, start, num_frames)
     with naming(path):
         data = read_bytes(path)
-        timed = gif_frames(data, channels) if is_gif(data) else other_frames(data, channels, size)
+        timed = gif_frames(data, channels) if data.startswith(GIF) else other_frames(data, channels, size)
         if fps is None:
             timed = islice(timed, start, None if num_frames is None else start + num_frames)
-        fitted = ((seconds, keep(canvas, channels, size)) for seconds, canvas in timed)
-        if fps is None:
-            return collect(path, (frame for _, frame in fitted if frame is not None), start)
-        return collect(path, nearest(fitted, fps, start, num_frames), start)
-
-
-def keep(canvas: np.ndarray | None, channels: int, size: Size | None) -> Tensor | None:
-    """A canvas as it is now (c h w)."""
-    return None if canvas is None else fit(canvas.view(np.uint8).reshape(*canvas.shape, 4)[..., :channels], size)
+        fitted = ((seconds, None if rgba is None else fit(rgba[..., :channels], size)) for seconds, rgba in timed)
+        frames = nearest(fitted, fps, start, num_frames) if fps else (frame for _, frame in fitted if frame is not None)
+        return collect(path, frames, start)
 
 
 def picture_shape(path) -> tuple[int, float, int, int]:
     """(frames, frames per second, height, width), found without decoding a frame."""
     with naming(path):
         data = read_bytes(path)
-        if is_gif(data):
+        if data.startswith(GIF):
             seconds = [block[-1] for block in image_blocks(data)]
             if not seconds:
                 raise ValueError('there is no frame in it')
@@ -92,17 +87,12 @@ def picture_shape(path) -> tuple[int, float, int, int]:
         return frames, 1000 / (image.info.get('duration') or 100), height, width
 
 
-def is_gif(data: bytes) -> bool:
-    return data[:4] == b'GIF8'
-
-
 def gif_frames(data: bytes, channels: int) -> Iterator[tuple[float, np.ndarray | None]]:
-    """Yield when each frame shows and the canvas then: (h w), one uint32 per pixel that holds its four bytes RGBA.
-    The canvas is the same memory every time.  At last comes (end, None)."""
+    """Yield when each frame shows and the canvas then, RGBA (h w 4), the same memory every time.  At last comes (end, None)."""
     whole, now = 0, 0.
     try:
         width, height, flags = struct.unpack('<HHB', data[6:11])
-        canvas = np.zeros(check_size(height, width, MAX_CANVAS), np.uint32)
+        canvas = np.zeros(check_size(height, width, MAX_CANVAS), np.uint32)     # one number holds the four bytes of a pixel
         data[13 + palette_bytes(flags)]                                     # IndexError if it is cut before
         global_palette = read_palette(data, 13, flags, channels, default=GREYS)
         for start, end, disposal, transparent, seconds in image_blocks(data):
@@ -115,7 +105,7 @@ def gif_frames(data: bytes, channels: int) -> Iterator[tuple[float, np.ndarray |
             below = canvas[y:y + h, x:x + w]
             before = below.copy() if disposal == 3 else 0                   # what comes back, or wipes it
             np.copyto(below, palette[indices], where=True if transparent is None else indices != transparent)
-            yield now, canvas
+            yield now, canvas.view(np.uint8).reshape(height, width, 4)
             whole, now = whole + 1, now + seconds
             if disposal in (2, 3):
                 below[:] = before
@@ -188,7 +178,7 @@ def other_frames(data: bytes, channels: int, size: Size | None) -> Iterator[tupl
         on_black.putalpha(rgba.getchannel('A'))
         if channels == 1:
             on_black = on_black.convert('L').convert('RGBA')
-        yield now, np.asarray(on_black).view(np.uint32)[..., 0]
+        yield now, np.asarray(on_black)
         now = until
     yield now, None
 
@@ -208,9 +198,8 @@ def open_picture(data: bytes) -> Image.Image:
 # ------------------------------------------------------------------------------------- writing
 
 
-def video_tensor_to_gif(
-    tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True, *, scale: int | None = 1,
-) -> Sequence[Image.Image]:
+def video_tensor_to_gif(tensor: Tensor, path, duration: int = 120, loop: int = 0, optimize: bool = True, *,
+                        scale: int | None = 1) -> Sequence[Image.Image]:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, and return its frames as PIL images.
 
     Values are clamped to [0, 1].  `duration` is how long a frame shows, in milliseconds (GIF counts
@@ -274,8 +263,6 @@ class Pictures(Sequence):
 
 def tile(videos: Tensor) -> Tensor:
     """(b c f h w) -> (c f H W): a grid as square as can be, read row by row, black where no video is left."""
-    if videos.ndim != 5 or 0 in videos.shape:
-        raise ValueError(f'tile expects videos (b, c, f, h, w), not {tuple(videos.shape)}')
     columns = math.ceil(math.sqrt(len(videos)))
     rows = math.ceil(len(videos) / columns)
     missing = rows * columns - len(videos)
@@ -324,8 +311,7 @@ def encode(pictures: Pictures, hundredths: int, loop: int, optimize: bool) -> It
     height, width, channels = pictures.pixels(0).shape
     has_holes = channels == 4 and not all(is_opaque(picture).all() for picture in pictures.each())
     palette, indices_of = share_palette(pictures, limit=255 if has_holes else 256)   # one index is for "transparent"
-    keep, wipe = 1, 2
-    disposal = wipe if has_holes else keep                                  # else old pixels show through
+    disposal = 2 if has_holes else 1                                        # 2 wipes: else old pixels would show through the holes
     clear = len(palette) if len(palette) < 256 else None                    # the index that changes nothing
     bits = max(1, (len(palette) + (clear is not None) - 1).bit_length())
     yield b'GIF89a' + struct.pack('<HHBBB', width, height, 0x80 | bits - 1, 0, 0) + palette.tobytes().ljust(3 << bits, b'\0')

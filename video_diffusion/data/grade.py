@@ -88,22 +88,6 @@ def grade_all(videos: torch.Tensor, captions: list[str] | None = None) -> dict:
     return report
 
 
-def lawful_frames(videos: torch.Tensor, window: int = 8) -> list[int]:
-    """Frames of each clip (b c f h w) until the first broken law: all of them, if none is.
-
-    For over a hundred frames the smallest error of speed adds up to more than any path may be off. So the laws are asked of every
-    `window` frames in a row, and of all of them that they show the same shape in the same colour.
-    """
-    frames = videos.shape[2]
-    first = grade_batch(videos[:, :, :window])
-    counts = [frames if one.lawful else 0 for one in first]
-    for end in range(window + 1, frames + 1):
-        for clip, now in enumerate(grade_batch(videos[:, :, end - window:end])):
-            if not now.lawful or (now.shape, now.colour) != (first[clip].shape, first[clip].colour):
-                counts[clip] = min(counts[clip], end - 1)            # frame end - 1 is the one that broke it
-    return counts
-
-
 @torch.no_grad()
 def grade_batch(videos: torch.Tensor) -> list[Grade]:
     """`grade` for many clips (b c f h w) at once: about 2 ms each at 32 pixels and 8 frames, on one core."""

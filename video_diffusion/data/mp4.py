@@ -50,8 +50,7 @@ def read_video(path, channels: int = 3, *, num_frames: int | None = None, start:
         # Without fps all frames that come are taken: where their rate varies, the clock of `nearest` would leave some out.
         later = (frame for seconds, frame in timed if frame is not None and seconds >= (start - 0.5) / rate)
         frames = nearest(timed, fps, start, num_frames) if fps else islice(later, num_frames)
-        to_picture = partial(picture, converter(), channels, size)
-        return collect(path, map(to_picture, frames), start)
+        return collect(path, map(partial(picture, converter(), channels, size), frames), start)
 
 
 def video_shape(path) -> tuple[int, float, int, int]:
@@ -159,9 +158,8 @@ def picture(convert, channels: int, size: Size | None, frame) -> Tensor:
 # ------------------------------------------------------------------------------------- writing
 
 
-def video_tensor_to_mp4(
-    tensor: Tensor, path, fps: float = 8, crf: int = 18, lossless: bool = False, *, scale: int | None = 1,
-) -> None:
+def video_tensor_to_mp4(tensor: Tensor, path, fps: float = 8, crf: int = 18, lossless: bool = False, *,
+                        scale: int | None = 1) -> None:
     """Write a clip (c f h w), or a batch (b c f h w) as one grid, as H.264; transparency is lost.
 
     `crf` is how coarse it may be: 0 is best, 18 looks like the original, 51 is worst.  H.264 keeps colours at half the

@@ -54,8 +54,7 @@ SHORT = 8                                # frames: in longer clips the caption c
 
 def captions() -> list[str]:
     """All 72 sentences of this world: 3 shapes x 6 colours x 4 directions."""
-    return [caption_of(shape, colour, direction)
-            for shape in SHAPES for colour in COLOURS for direction in DIRECTIONS]
+    return [caption_of(shape, colour, direction) for shape in SHAPES for colour in COLOURS for direction in DIRECTIONS]
 
 
 def make_shapes(folder, count: int, image_size: int = 32, num_frames: int | tuple[int, ...] = 8, seed: int = 0) -> Path:
@@ -107,9 +106,7 @@ def random_words(seed: int) -> tuple[str, str, str]:
     return tuple(draw.choice(list(names)) for names in (SHAPES, COLOURS, DIRECTIONS))
 
 
-def draw_clip(
-    shape: str, colour: str, direction: str, seed: int = 0, image_size: int = 32, num_frames: int = 8,
-) -> torch.Tensor:
+def draw_clip(shape: str, colour: str, direction: str, seed: int = 0, image_size: int = 32, num_frames: int = 8) -> torch.Tensor:
     """A clip (c f h w) in [0, 1] of what the words say; `seed` draws radius, speed and place."""
     for word, allowed in ((shape, SHAPES), (colour, COLOURS), (direction, DIRECTIONS)):
         if word not in allowed:
