@@ -59,7 +59,7 @@ def lead(number: int, argv: list[str], cwd: str, printed: str, environment: dict
     os.setsid()
     os.chdir(cwd)
     os.environ |= environment
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(Path(argv[0]).resolve().parent), str(ROOT)]
     sys.argv = argv
     import torch
     torch.set_num_threads(1)
