@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .. import checkpoint
@@ -87,13 +88,10 @@ class WordEncoder(nn.Module):
     def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The vectors of the words (b n dim), and which of them are not padding (b n)."""
         check_texts(texts)
-        device = self.words.weight.device
-        rows = [word_rows(text, self.buckets) for text in texts]
-        longest = max(len(row) for row in rows)
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)   # b n
-        lengths = torch.tensor([[len(row)] for row in rows])                                          # b 1
-        keep = torch.arange(longest) < lengths                                                        # b n
-        return self.words(padded.to(device, non_blocking=True)), keep.to(device, non_blocking=True)
+        rows = [torch.tensor(word_rows(text, self.buckets), dtype=torch.long) for text in texts]
+        rows = pad_sequence(rows, batch_first=True, padding_value=-1)                                 # b n
+        rows = rows.to(self.words.weight.device, non_blocking=True)
+        return self.words(rows.clamp(min=0)), rows >= 0
 
 
 class BertEncoder(nn.Module):
@@ -198,7 +196,7 @@ class CaptionCache:
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """(b dim), or (b n dim) with zeros as padding where `embed` gives tokens."""
         rows = [self.kept[text] if text in self.kept else self.ask(text) for text in texts]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return pad_sequence(rows, batch_first=True)
 
     def ask(self, text: str) -> torch.Tensor:
         if self.folder is not None and self.file(text).exists():

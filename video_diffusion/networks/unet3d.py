@@ -46,8 +46,7 @@ BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttentio
 class Level(nn.Module):
     """All that happens at one resolution of one side of the U."""
 
-    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module,
-                 text: nn.Module | None):
+    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module, text: nn.Module | None):
         super().__init__()
         self.block1 = ResnetBlock(dim_in, dim_out, **resnet)
         self.block2 = ResnetBlock(dim_out, dim_out, **resnet)
