@@ -10,13 +10,14 @@ from rotary_embedding_torch import RotaryEmbedding
 
 from video_diffusion.networks.attention import (
     CrossAttention,
-    LinearAttention,
     SpatialAttention,
     SpatialLinearAttention,
     SpatialSelfAttention,
     attend,
+    attend_linearly,
     rotate,
     rotations,
+    self_attention,
 )
 from video_diffusion.networks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
@@ -106,18 +107,6 @@ def test_attention_across_frames_sees_the_other_frames_and_only_then():
         assert differs.tolist() == [[across, across, True], [False, False, False]]
 
 
-@pytest.mark.parametrize('across', [False, True])
-def test_extra_rows_are_seen_as_if_they_stood_beside_the_others(across):
-    torch.manual_seed(0)
-    block = TransformerBlock(8, 2, 4, across_frames=across)
-    x, extra = torch.randn(2, 3, 5, 8), torch.randn(2, 4, 8)
-    rows = rearrange(x, 'b f n c -> b 1 (f n) c') if across else rearrange(x, 'b f n c -> (b f) 1 n c')
-    beside = repeat(extra, 'b k c -> (b f) 1 k c', f=1 if across else 3)
-    together = block(torch.cat([rows, beside], dim=2))[:, :, :rows.shape[2]].reshape(x.shape)
-    torch.testing.assert_close(block(x, extra=extra), together)
-    assert (block(x) - together).abs().max() > 1e-3
-
-
 def test_masked_rows_of_a_context_are_as_if_absent():
     torch.manual_seed(0)
     attention = CrossAttention(8, 2, 4, context_dim=6)
@@ -172,12 +161,10 @@ def test_self_attention_of_an_image_equals_diffusers():
 
 def test_linear_attention_is_the_core_of_the_spatial_one():
     torch.manual_seed(0)
-    spatial, plain = SpatialLinearAttention(8, 2, 4), LinearAttention(8, 2, 4)
-    plain.load_state_dict({name: w for name, w in spatial.state_dict().items() if 'norm' not in name})
-    x = torch.randn(2, 8, 3, 4, 5)
+    spatial, x = SpatialLinearAttention(8, 2, 4), torch.randn(2, 8, 3, 4, 5)
     rows = rearrange(x, 'b c f h w -> (b f) (h w) c')
-    expected = rearrange(rows + plain(spatial.norm(rows)), '(b f) (h w) c -> b c f h w', b=2, h=4)
-    torch.testing.assert_close(spatial(x), expected)
+    seen = self_attention(spatial.norm(rows), spatial.to_qkv, spatial.to_out, 2, attend_linearly)
+    torch.testing.assert_close(spatial(x), rearrange(rows + seen, '(b f) (h w) c -> b c f h w', b=2, h=4))
 
 
 @pytest.mark.parametrize('kind', [SpatialAttention, SpatialLinearAttention])

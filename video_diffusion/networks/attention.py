@@ -14,9 +14,8 @@ Each of these maps a video x (b, c, f, h, w) to `x + attention(norm(x))`. Others
     SpatialSelfAttention     the same for the images of an autoencoder: one head, group norm, b c h w
     CrossAttention           rows (b, n, c) look at the rows of a context
     TextAttention            the same for the pixels of a video and a caption's tokens, in the U-Net
-    LinearAttention          rows (b, n, c) at one another, linear in n
 
-All but the linear ones share one softmax, `attend`; transformer.py builds on the second half.
+All but the linear one share one softmax, `attend`; transformer.py builds on the second half.
 
 **Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
 channels then lie side by side, so the norms and projections below work on plain rows, and no
@@ -36,7 +35,7 @@ from .recompute import in_slices, little
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention, of all but the linear ones: q, k, v (..., heads, n, d).
+    """Softmax attention, of all but the linear one: q, k, v (..., heads, n, d).
 
     `bias` is added to the logits; where it is a bool mask, queries see the keys at True only. With a learned bias in
     training, torch's fused kernels fall back to a slower path than these three lines.
@@ -163,15 +162,16 @@ def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, 
 class SpatialAttention(nn.Module):
     """The pixels of a frame attend to one another."""
 
-    core = staticmethod(attend)
+    core, has_bias = staticmethod(attend), False
 
-    def __init__(self, dim: int, heads: int, dim_head: int = 32, bias: bool = False):
+    def __init__(self, dim: int, heads: int, dim_head: int = 32):
         super().__init__()
         self.heads = heads
+        self.dim_head = dim_head
         self.little = little(dim)
         self.norm = ChannelNorm(dim)
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=bias)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=self.has_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
@@ -249,27 +249,10 @@ def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(dim=-1) @ (context * q.shape[-1] ** -0.5)                  # scaled where there is least to scale
 
 
-class LinearAttention(nn.Module):
-    """Rows x (b n c) look at one another at a cost linear in n."""
-
-    def __init__(self, dim: int, heads: int, dim_head: int = 32):
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self_attention(x, self.to_qkv, self.to_out, self.heads, attend_linearly)
-
-
 class SpatialLinearAttention(SpatialAttention):
     """The pixels of a frame attend to one another at a cost linear in their number."""
 
-    core = staticmethod(attend_linearly)
-
-    def __init__(self, dim: int, heads: int, dim_head: int = 32):
-        super().__init__(dim, heads, dim_head, bias=True)
-        self.dim_head = dim_head
+    core, has_bias = staticmethod(attend_linearly), True
 
     def look_around(self, x: Tensor) -> Tensor:
         if fused.fits(x, self.dim_head):

@@ -31,19 +31,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import one_of, whole
 from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
-from .recompute import on_cpu
-from .unet3d import Unet3D, bernoulli
+from .recompute import on_cpu, recompute
+from .unet3d import Unet3D, bernoulli, with_known_frames
 
-# Autograd keeps what happens inside a function until its backward pass. With this (arXiv 1604.06174) it keeps the input only
-# and does it again. Nothing here draws anything, so there is no RNG to restore.
-again_if_needed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-POSITIONS = 'sincos', 'rope', 'rope+learned'
 OFS = 2.                         # an input of 1.5-5B-I2V that never had another value
 
 
@@ -59,11 +53,6 @@ def modulated(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> Te
         return torch.addcmul(biases[:, None], F.layer_norm(x, norm.normalized_shape, eps=norm.eps), gains[:, None])
     return torch.stack([F.layer_norm(one, norm.normalized_shape, gain, bias, norm.eps)
                         for one, gain, bias in zip(x.unbind(), gains.unbind(), biases.unbind())])
-
-
-def gelu(x: Tensor) -> Tensor:
-    """In its tanh form. x is the widest tensor there is: where no backward pass will ask for it, it is overwritten."""
-    return F.gelu(x, approximate='tanh') if x.requires_grad else torch.ops.aten.gelu_(x, approximate='tanh')
 
 
 class AdaptiveNorm(nn.Module):
@@ -103,9 +92,8 @@ class DiTBlock(nn.Module):
         self.widen = nn.Linear(dim, 4 * dim)
         self.narrow = nn.Linear(4 * dim, dim)
 
-    def forward(
-        self, text: Tensor | None, video: Tensor, emb: Tensor, angles: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor | None, Tensor]:
+    def forward(self, text: Tensor | None, video: Tensor, emb: Tensor, angles: tuple[Tensor, Tensor] | None,
+                ) -> tuple[Tensor | None, Tensor]:
         """text (b n dim), video (b m dim), emb (b emb_dim); angles: cosines and sines (n+m dim_head) of all tokens."""
         rows, *gates = self.attention_norm(text, video, emb)                         # b n+m dim
         q = self.heads(self.to_q(rows), self.q_norm, angles)                         # b heads n+m dim_head
@@ -117,11 +105,13 @@ class DiTBlock(nn.Module):
 
         rows, *gates = self.feed_forward_norm(text, video, emb)
         rows = self.widen(rows)                                                      # b n+m 4*dim
-        rows = again_if_needed(self.gelu_and_narrow, rows) if rows.requires_grad else self.gelu_and_narrow(rows)
+        rows = recompute(self.gelu_and_narrow, rows) if rows.requires_grad else self.gelu_and_narrow(rows)
         return add_gated(text, video, rows, *gates)
 
     def gelu_and_narrow(self, rows: Tensor) -> Tensor:
-        return self.narrow(gelu(rows))
+        """GELU in its tanh form. Rows are the widest tensor there is: where no backward pass will ask for it, it is overwritten."""
+        gelu = F.gelu if rows.requires_grad else torch.ops.aten.gelu_
+        return self.narrow(gelu(rows, approximate='tanh'))
 
     def heads(self, x: Tensor, norm: nn.LayerNorm | None = None, angles: tuple[Tensor, Tensor] | None = None) -> Tensor:
         x = x.unflatten(-1, (-1, self.dim_head))                                     # b n heads d
@@ -169,7 +159,7 @@ class DiT(nn.Module):
             whole(name, self.config[name], 1)
         if dim % dim_head or dim_head % 16:
             raise ValueError(f'dim={dim}, dim_head={dim_head}: give a multiple of 16 as dim_head and a multiple of that as dim')
-        one_of('positions', positions, POSITIONS)
+        one_of('positions', positions, ('sincos', 'rope', 'rope+learned'))
         if positions == 'rope+learned' and size is None:
             raise ValueError("positions='rope+learned': give size, the (frames, height, width) that the table is made for")
         self.channels, self.cond_dim, self.cond_frames = channels, cond_dim, cond_frames
@@ -203,7 +193,7 @@ class DiT(nn.Module):
     def recompute_blocks(self) -> None:
         """In the backward pass, again, from their input: that is a twentieth of what they would keep."""
         for block in self.blocks:
-            block.forward = partial(again_if_needed, block.forward)
+            block.forward = partial(recompute, block.forward)
 
     def begin(self) -> None:
         """adaLN-zero: all gates are shut and the answer is 0, so that every block starts as if it were not there."""
@@ -235,7 +225,7 @@ class DiT(nn.Module):
         self.check(x, time, cond, known)
         grid, given, dtype = self.grid(x.shape[2:]), x.dtype, self.to_patches.weight.dtype
         if self.cond_frames:
-            x = torch.cat((x, known_only(x, known, known_mask)), dim=1)              # b 2c f h w
+            x = with_known_frames(x, known, known_mask)[:, :-1]                      # b 2c f h w: known frames, but no mask
         emb = F.silu(self.embed(time, dtype))                                        # b time_dim
         f, h, w = grid
         o, p, q = self.patch
@@ -312,10 +302,3 @@ class DiT(nn.Module):
         if cond.ndim != 3 or cond.shape[::2] != (len(x), self.cond_dim) or cond.shape[1] > self.text_length:
             longer = '; for longer captions build it with a larger text_length' if cond.ndim == 3 else ''
             raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}{longer}')
-
-
-def known_only(x: Tensor, known: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The known frames (b c f h w), zeros where none are."""
-    if known is None or mask is None:
-        return torch.zeros_like(x)
-    return known.to(x.dtype) * mask[:, None, :, None, None]

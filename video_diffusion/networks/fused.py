@@ -259,7 +259,7 @@ channel_norm = ChannelNorm.apply
 
 # ---- group norm, FiLM, SiLU, with the bias of the convolution before: silu(x a + b)
 
-def act_sizes(x: Tensor, film: Tensor | None) -> tuple[int, tuple[int, int], int, dict, dict]:
+def act_sizes(x: Tensor, film: Tensor | None) -> tuple[int, tuple[int, int], int, dict]:
     """Frames that have a FiLM of their own; tiles and counts; rows of one count; what kernels know when they are compiled."""
     b, c, f, h, w = x.shape
     k = film.shape[1] if film is not None else 1

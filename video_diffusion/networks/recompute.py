@@ -50,7 +50,6 @@ def recompute(function: Callable, *inputs, draws: bool = False):
 
 
 def plainly(function: Callable, *inputs):
-    """function(*inputs)"""
     return function(*inputs)
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .. import checkpoint
@@ -87,13 +88,10 @@ class WordEncoder(nn.Module):
     def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The vectors of the words (b n dim), and which of them are not padding (b n)."""
         check_texts(texts)
-        device = self.words.weight.device
-        rows = [word_rows(text, self.buckets) for text in texts]
-        longest = max(len(row) for row in rows)
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)   # b n
-        lengths = torch.tensor([[len(row)] for row in rows])                                          # b 1
-        keep = torch.arange(longest) < lengths                                                        # b n
-        return self.words(padded.to(device, non_blocking=True)), keep.to(device, non_blocking=True)
+        rows = [torch.tensor(word_rows(text, self.buckets), dtype=torch.long) for text in texts]
+        rows = pad_sequence(rows, batch_first=True, padding_value=-1)                                 # b n
+        rows = rows.to(self.words.weight.device, non_blocking=True)
+        return self.words(rows.clamp(min=0)), rows >= 0
 
 
 class BertEncoder(nn.Module):
@@ -152,14 +150,13 @@ class BertEncoder(nn.Module):
         vectors, keep = self.states(texts)
         return vectors[:, self.first:] * keep[:, self.first:, None]                              # b n dim
 
-    def states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last layer (b n dim), and which of its rows are not padding (b n)."""
+    def states(self, texts: list[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The last layer (b n dim), and which of its rows are not padding (b n): None where, in so many rows, all count."""
         check_texts(texts)
-        tokens = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors='pt'
-        ).to(self.transformer.device)
-        ids, keep = tokens.input_ids, tokens.attention_mask                                      # b n
-        vectors = self.transformer(input_ids=ids, attention_mask=keep).last_hidden_state         # b n dim
+        how = dict(padding=True, max_length=self.max_tokens) if length is None else dict(padding='max_length', max_length=length)
+        tokens = self.tokenizer(list(texts), truncation=True, return_tensors='pt', **how).to(self.transformer.device)
+        keep = tokens.attention_mask if length is None else None                                 # b n
+        vectors = self.transformer(input_ids=tokens.input_ids, attention_mask=keep).last_hidden_state
         return vectors.to(torch.promote_types(vectors.dtype, torch.float32)), keep
 
 
@@ -181,14 +178,7 @@ class T5Encoder(BertEncoder):
         return super().config() if self.length is None else super().config() | {'length': self.length}
 
     def tokens(self, texts: list[str]) -> torch.Tensor:
-        if self.length is None:
-            return super().tokens(texts)
-        check_texts(texts)
-        ids = self.tokenizer(
-            list(texts), padding='max_length', truncation=True, max_length=self.length, return_tensors='pt'
-        ).input_ids.to(self.transformer.device)                                                  # b length
-        vectors = self.transformer(input_ids=ids).last_hidden_state                              # b length dim
-        return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return super().tokens(texts) if self.length is None else self.states(texts, self.length)[0]       # b length dim
 
 
 class CaptionCache:
@@ -206,33 +196,28 @@ class CaptionCache:
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """(b dim), or (b n dim) with zeros as padding where `embed` gives tokens."""
         rows = [self.kept[text] if text in self.kept else self.ask(text) for text in texts]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return pad_sequence(rows, batch_first=True)
 
     def ask(self, text: str) -> torch.Tensor:
-        if self.folder is not None:
-            return self.ask_the_disk(text)
+        if self.folder is not None and self.file(text).exists():
+            return checkpoint.load(self.file(text)).float()
         row = self.embed([text])[0].cpu()                                                        # dim, or n dim
-        if row.numel() <= self.room:
+        if self.folder is not None:
+            short = row.bfloat16()
+            checkpoint.save(short if torch.equal(short.float(), row) else row, self.file(text))
+        elif row.numel() <= self.room:
             self.kept[text], self.room = row, self.room - row.numel()
         return row
 
     def file(self, text: str) -> Path:
         return self.folder / (hashlib.sha256(text.encode()).hexdigest()[:32] + '.pt')
 
-    def ask_the_disk(self, text: str) -> torch.Tensor:
-        if self.file(text).exists():
-            return checkpoint.load(self.file(text)).float()
-        row = self.embed([text])[0].cpu()
-        short = row.bfloat16()
-        checkpoint.save(short if torch.equal(short.float(), row) else row, self.file(text))
-        return row
-
     def fill(self, texts: set[str], processes: Processes) -> None:
         """Ask for all that are not there yet; several processes share them out."""
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = [text for text in sorted(texts)[processes.rank::processes.world_size] if not self.file(text).exists()]
         for text in tqdm(missing, desc='encoding captions', unit='caption', disable=not processes.is_main or not missing):
-            self.ask_the_disk(text)
+            self.ask(text)
         processes.wait()                                     # the others may have captions that we need
 
 

@@ -15,9 +15,8 @@ A new SpatialTransformer changes nothing: its last projection starts at zero.
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import CrossAttention
@@ -54,16 +53,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, gated=gated)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                extra: Tensor | None = None) -> Tensor:
-        """x (b f n c), context (b m context_dim) with mask (b m); `extra` (b k c): more rows that all others can see."""
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (b f n c), context (b m context_dim) with mask (b m)."""
         b, f = x.shape[:2]
         rows = rearrange(x, 'b f n c -> b (f n) c' if self.across_frames else 'b f n c -> (b f) n c')
-        normed = self.norm1(rows)
-        if extra is not None:
-            extra = self.norm1(extra if self.across_frames else repeat(extra, 'b k c -> (b f) k c', f=f))
-            extra = torch.cat([normed, extra], dim=1)
-        rows = rows + self.self_attention(normed, extra)
+        rows = rows + self.self_attention(self.norm1(rows))
         rows = rows.view(b, -1, rows.shape[-1])                                      # b (f n) c
         if self.cross_attention is not None:
             rows = rows + self.cross_attention(self.norm2(rows), context, mask)

@@ -35,19 +35,10 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from ..checks import one_of, whole
-from .attention import (
-    RelativePositionBias,
-    SpatialAttention,
-    SpatialLinearAttention,
-    TemporalAttention,
-    TextAttention,
-    rotations,
-)
+from .attention import RelativePositionBias, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention, rotations
 from .recompute import recompute
 from .text import masked_mean
 from .unet_blocks import FrameConv, FrameConvTranspose, ResnetBlock, SinusoidalEmbedding
-
-BERT_DIM = 768
 
 BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttention, TextAttention  # all Levels are made of
 
@@ -55,8 +46,7 @@ BLOCKS = ResnetBlock, SpatialAttention, SpatialLinearAttention, TemporalAttentio
 class Level(nn.Module):
     """All that happens at one resolution of one side of the U."""
 
-    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module,
-                 text: nn.Module | None):
+    def __init__(self, dim_in: int, dim_out: int, *, resnet: dict, spatial: nn.Module, temporal: nn.Module, text: nn.Module | None):
         super().__init__()
         self.block1 = ResnetBlock(dim_in, dim_out, **resnet)
         self.block2 = ResnetBlock(dim_out, dim_out, **resnet)
@@ -100,11 +90,11 @@ class Unet3D(nn.Module):
         super().__init__()
         # All that is needed to build this network again; checkpoints store it.
         self.config = {k: v for k, v in locals().items() if k not in ('self', '__class__', 'checkpoint_activations')}
-        check_sizes(dim, dim_mults, channels, attn_heads, attn_dim_head, init_dim or dim, init_kernel_size, resnet_groups,
-                    block_type, patch)
+        one_of('block_type', block_type, ('resnet',))
+        check_sizes(self.config | dict(init_dim=init_dim or dim))
         self.channels, self.patch, self.cond_frames, self.text_tokens = channels, (1, patch, patch), cond_frames, text_tokens
         self.use_bert_text_cond = use_bert_text_cond
-        self.cond_dim = BERT_DIM if use_bert_text_cond else cond_dim
+        self.cond_dim = 768 if use_bert_text_cond else cond_dim
         self.has_cond = self.cond_dim is not None
         if text_tokens and not self.has_cond:
             raise ValueError('text_tokens=True: give cond_dim, the width of the tokens')
@@ -128,8 +118,7 @@ class Unet3D(nn.Module):
 
         def level(width_in, width_out):
             spatial = SpatialLinearAttention(width_out, attn_heads) if use_sparse_linear_attn else nn.Identity()
-            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out),
-                         text=text(width_out))
+            return Level(width_in, width_out, resnet=resnet, spatial=spatial, temporal=temporal(width_out), text=text(width_out))
 
         init_dim = init_dim or dim
         self.init_conv = FrameConv((2 * channels + 1 if cond_frames else channels) * patch ** 2, init_dim, init_kernel_size,
@@ -236,26 +225,14 @@ class Unet3D(nn.Module):
     def embed(self, time: Tensor, frames: int, dtype: torch.dtype) -> Tensor:
         """Steps (b 1) or (b f) as vectors (b 1 time_dim) or (b f time_dim); with the numbers of the frames, always the latter."""
         def through(mlp, numbers):
-            waves, *layers = mlp
-            rows = waves(numbers).to(dtype)
-            for layer in layers:
-                rows = layer(rows)
-            return rows
+            return mlp[1:](mlp[0](numbers).to(dtype))
 
         x = through(self.time_mlp, time)
         return x if self.number_mlp is None else x + through(self.number_mlp, torch.arange(frames, device=time.device))
 
     def forward_with_cond_scale(
-        self,
-        x: Tensor,
-        time: Tensor,
-        cond: Tensor | None = None,
-        focus_present_mask: Tensor | None = None,
-        prob_focus_present: float = 0.,
-        known: Tensor | None = None,
-        known_mask: Tensor | None = None,
-        *,
-        cond_scale: float = 2.,
+        self, x: Tensor, time: Tensor, cond: Tensor | None = None, focus_present_mask: Tensor | None = None,
+        prob_focus_present: float = 0., known: Tensor | None = None, known_mask: Tensor | None = None, *, cond_scale: float = 2.,
     ) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598): from the unconditional prediction towards, and past, the
         conditional one. Scale 1 is the plain conditional forward, 0 the unconditional one."""
@@ -275,9 +252,7 @@ class Unet3D(nn.Module):
         tokens = torch.cat((self.null_token.expand(len(cond), -1, -1), self.to_tokens(cond)), dim=1)
         return masked_mean(cond, keep), (tokens, F.pad(keep & ~null_mask[:, None], (1, 0), value=True))
 
-    def temporal_bias(
-        self, batch: int, frames: int, mask: Tensor | None, prob: float,
-    ) -> tuple[Tensor, bool]:
+    def temporal_bias(self, batch: int, frames: int, mask: Tensor | None, prob: float) -> tuple[Tensor, bool]:
         """The bias of all temporal attentions, and whether they reduce to their values.
 
         A sample that focuses on the present gets minus infinity for every frame but its own.
@@ -315,21 +290,17 @@ class Unet3D(nn.Module):
             raise ValueError(f'cond has shape {tuple(cond.shape)}: expected {expected}')
 
 
-def check_sizes(
-    dim: int, dim_mults: tuple[int, ...], channels: int, attn_heads: int, attn_dim_head: int, init_dim: int, kernel: int,
-    groups: int, block_type: str, patch: int,
-) -> None:
-    one_of('block_type', block_type, ('resnet',))
-    for name, value in dict(channels=channels, attn_heads=attn_heads, resnet_groups=groups, init_dim=init_dim,
-                            patch=patch).items():
-        whole(name, value, 1)
-    for mult in dim_mults:
+def check_sizes(config: dict) -> None:
+    for name in ('channels', 'attn_heads', 'resnet_groups', 'init_dim', 'patch'):
+        whole(name, config[name], 1)
+    for mult in config['dim_mults']:
         whole('dim_mults', mult, 1)
+    dim, kernel, groups = config['dim'], config['init_kernel_size'], config['resnet_groups']
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f'init_kernel_size={kernel}: give an odd size, so that the output keeps its size')
-    for name, value, least in (('dim', dim, 4), ('attn_dim_head', attn_dim_head, 4)):
-        if value < least or value % 2:
-            raise ValueError(f'{name}={value}: give an even number, {least} or more, for it is taken in pairs')
+    for name in ('dim', 'attn_dim_head'):
+        if config[name] < 4 or config[name] % 2:
+            raise ValueError(f'{name}={config[name]}: give an even number, 4 or more, for it is taken in pairs')
     if dim % groups:
         raise ValueError(f'dim={dim}, resnet_groups={groups}: give a width that can be divided into so many groups')
 
