@@ -354,10 +354,6 @@ def error_of(rank, size, function):
         return str(error)
 
 
-def different_batches(group):
-    split_frames(torch.full((1, 3, 9, 8, 8), float(group.rank())), group, 4, debug=True)
-
-
 def different_shapes(group):
     video = torch.rand(1, 3, [5, 4][group.rank()], 8, [8, 16][group.rank()])
     small_vae('clip', torch.float32).context_parallel(group).encode(video)
@@ -373,7 +369,6 @@ def shares_off_the_grid(group):
 
 
 @pytest.mark.parametrize('function, size, sentence', [
-    (different_batches, 2, 'given different batches'),
     (different_shapes, 2, 'parts of different clips'),
     (too_many_processes, 3, '2 latent frames cannot be shared by 3 processes'),
     (shares_off_the_grid, 2, r'hold [7, 10] frames'),

@@ -37,7 +37,7 @@ from .. import checks
 from ..networks.recompute import plainly, recompute
 from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from .context_parallel import CausalConv3d, Piece
-from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
+from .frame_shares import agree_on_counts, agree_on_shares, has_special_first_frame, share_of_noise
 from .gaussian import DiagonalGaussian
 from .tiling import in_tiles
 
@@ -126,7 +126,7 @@ class CausalVAE(nn.Module):
         posterior = self.encode(video)
         frames, z = video.shape[2], posterior.mode()
         if self.group is not None:
-            frames = sum(shape[2] for shape in agree_on_shapes(video, self.group))     # of the whole clip
+            frames = sum(agree_on_counts(video, self.group))                          # of the whole clip
             if sample:
                 z = z + posterior.std * share_of_noise(z, self.group, generator)
         elif sample:

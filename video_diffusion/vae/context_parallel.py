@@ -17,7 +17,7 @@ Both are exact, gradients too: a borrowed frame's gradient travels back to its o
 What a process computes is therefore one term of the clip's loss: *add up* losses and parameter gradients over
 the group (`sum_gradients`). Per causal convolution of kernel k, each process but the first receives
 b * c * (k - 1) * h * w numbers, in the backward pass likewise; per norm over the clip, each process sends its
-2 * b * groups numbers to every other. Nothing else travels but five integers per clip (`agree_on_shapes`).
+2 * b * groups numbers to every other. Nothing else travels but five integers per clip (`agree_on_counts`).
 
 Layers learn what they must know about their frames from a `Piece` handed down with them. It also carries the
 state of streaming: the last frames that each convolution has seen. Modules keep nothing between calls.
