@@ -275,7 +275,7 @@ def layout_of_borrowed(rank):
         return None
     group = make_groups.by_size[2]
     x = torch.rand(1, 4, 3, 4, 4).contiguous(memory_format=torch.channels_last_3d)
-    joined = PrependBorrowed.apply(x, agree_on_shares(x, group), 2)
+    joined = PrependBorrowed.apply(x, agree_on_shares(x, group))
     return joined.is_contiguous(memory_format=torch.channels_last_3d), joined.shape[2]
 
 
@@ -319,7 +319,7 @@ def bytes_sent(rank, size, scope):
     video, _ = video_and_weights(17, torch.float32)
     halo = []
     handles = [module.register_forward_pre_hook(
-        lambda m, args: halo.append(args[0][:, :, :1].nbytes * m.borrowed)) for module in vae.modules()
+        lambda m, args: halo.append(args[0][:, :, :1].nbytes * 2)) for module in vae.modules()
         if isinstance(module, CausalConv3d)]
     vae(video, sample=False)
     for handle in handles:

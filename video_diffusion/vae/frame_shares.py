@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+BORROWED = 2                      # frames before its own that a causal convolution sees: its kernel is 3 long
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -30,8 +32,8 @@ class Shares:
     counts: tuple[int, ...]       # frames of each process
     special: bool                 # the first process begins with the clip's special first frame
 
-    def loans(self, borrowed: int) -> dict[tuple[int, int], list[int]]:
-        """{(lender, borrower): the lender's frames, -1 for its last}: `borrowed` frames before each share.
+    def loans(self) -> dict[tuple[int, int], list[int]]:
+        """{(lender, borrower): the lender's frames, -1 for its last}: BORROWED frames before each share.
 
         A share may be shorter than what the next process borrows; then the one before it lends too. Before
         the clip's first frame stand copies of that frame.
@@ -40,7 +42,7 @@ class Shares:
         plan = {}
         for borrower in range(1, len(self.counts)):
             start = sum(self.counts[:borrower])
-            for frame in range(start - borrowed, start):
+            for frame in range(start - BORROWED, start):
                 lender, index = owner[max(0, frame)]
                 plan.setdefault((lender, borrower), []).append(index)
         return plan
@@ -173,10 +175,10 @@ class SplitFrames(torch.autograd.Function):
 
 # ---- what travels
 
-def start_borrowing(first: Tensor, last: Tensor, shares: Shares, borrowed: int):
+def start_borrowing(first: Tensor, last: Tensor, shares: Shares):
     """Sends `last` frames to those that need them; returns a function that waits for those before `first`."""
     sends, receives = {}, {}
-    for (lender, borrower), frames in shares.loans(borrowed).items():
+    for (lender, borrower), frames in shares.loans().items():
         if lender == shares.rank:
             sends[borrower] = torch.cat([last[:, :, i, None] for i in frames], dim=2).contiguous()
         if borrower == shares.rank:
@@ -185,15 +187,15 @@ def start_borrowing(first: Tensor, last: Tensor, shares: Shares, borrowed: int):
 
     def finish() -> Tensor:
         wait()
-        past = torch.cat(list(receives.values()), dim=2) if receives else first.expand(-1, -1, borrowed, -1, -1)
+        past = torch.cat(list(receives.values()), dim=2) if receives else first.expand(-1, -1, BORROWED, -1, -1)
         return past.contiguous(memory_format=memory_format(last))
     return finish
 
 
-def return_to_owners(grad_past: Tensor, grad_x: Tensor, shares: Shares, borrowed: int):
+def return_to_owners(grad_past: Tensor, grad_x: Tensor, shares: Shares):
     """The way back: gradients of the frames that were borrowed are added to those of their owners."""
     sends, receives, start = {}, {}, 0
-    plan = shares.loans(borrowed)
+    plan = shares.loans()
     for (lender, borrower), frames in plan.items():
         if borrower == shares.rank:
             sends[lender] = grad_past[:, :, start:start + len(frames)].contiguous()
