@@ -168,9 +168,12 @@ class GroupNorm(nn.GroupNorm):
         numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
         if self.scope == 'clip':
             mean, deviation = planes.combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
-            counts = piece.shares.counts if piece.shares else [x.shape[2]]
-            if piece.shares is not None:
-                mean, deviation = over_the_group(mean, deviation, numbers, piece.shares)
+            counts = [x.shape[2]]
+            if piece.shares is not None:                                  # the same of the processes as of the frames
+                counts = piece.shares.counts
+                own = torch.cat([mean, deviation], dim=-1)                                               # b g 2
+                parts = AllGather.apply(own, piece.shares.group, 'group norm statistics')                # p b g 2
+                mean, deviation = planes.combine(*parts.permute(3, 1, 2, 0), mean.new_tensor(counts) * numbers)
             numbers *= sum(counts)
         scale = torch.rsqrt(deviation / numbers + self.eps)
         width = x.shape[1] // self.num_groups
@@ -178,14 +181,6 @@ class GroupNorm(nn.GroupNorm):
         scale = scale * self.weight[:, None]
         shift = self.bias[:, None] - mean * scale
         return scale[..., None, None], shift[..., None, None]
-
-
-def over_the_group(mean: Tensor, deviation: Tensor, numbers_per_frame: int, shares: Shares):
-    """Statistics of this process's frames, (b g 1), to those of the whole clip."""
-    own = torch.cat([mean, deviation], dim=-1)                                             # b g 2
-    parts = AllGather.apply(own, shares.group, 'group norm statistics')                    # p b g 2
-    mean, deviation = parts.permute(3, 1, 2, 0)                                            # b g p
-    return planes.combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
 
 
 def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
