@@ -121,8 +121,7 @@ class CausalConv3d(nn.Conv3d):
 
     def as_image(self, x: Tensor) -> Tensor:
         """All frames under the kernel are the same one, so its weights can be summed over time first."""
-        image = F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:])
-        return image.unsqueeze(2)
+        return F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:]).unsqueeze(2)
 
 
 def steps(x: Tensor, first: bool = False, unit: int = 2, growth: float = 1.) -> list[tuple[int, int]]:
@@ -142,10 +141,9 @@ def at_once() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
-def empty_clip(frames_like: Tensor, frames: int) -> Tensor:
-    b, c, _, h, w = frames_like.shape
-    return torch.empty((b, c, frames, h, w), dtype=frames_like.dtype, device=frames_like.device,
-                       memory_format=memory_format(frames_like))
+def empty_clip(like: Tensor, frames: int) -> Tensor:
+    b, c, _, h, w = like.shape
+    return torch.empty((b, c, frames, h, w), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -185,7 +183,7 @@ class GroupNorm(nn.GroupNorm):
 
 def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of every frame's groups of channels: (b c f h w) -> twice (b g f)."""
-    numbers = x.unflatten(1, (groups, -1)).to(statistics_dtype(x))                    # b g c f h w
+    numbers = x.unflatten(1, (groups, -1)).to(torch.promote_types(x.dtype, torch.float32))     # b g c f h w
     mean = numbers.mean(dim=(2, 4, 5), keepdim=True)
     return mean[:, :, 0, :, 0, 0], (numbers - mean).square().sum(dim=(2, 4, 5))
 
@@ -195,9 +193,9 @@ class FrameMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, groups: int):
-        means, deviations = [], []
+        means, deviations, exact = [], [], torch.promote_types(x.dtype, torch.float32)
         for frame in x.unbind(2):                                                     # b c h w
-            numbers = frame.reshape(x.shape[0], groups, -1).to(statistics_dtype(x))     # b g n
+            numbers = frame.reshape(x.shape[0], groups, -1).to(exact)                 # b g n
             mean = numbers.mean(-1, keepdim=True)
             means.append(mean)
             deviations.append((numbers - mean).square_().sum(-1, keepdim=True))
@@ -214,10 +212,6 @@ class FrameMoments(torch.autograd.Function):
         offset = grad_mean / groups[0, 0, :, 0].numel() - slope * mean
         slope, offset = (t[:, :, None, :, None, None] for t in (slope, offset))
         return torch.addcmul(offset, groups, slope).flatten(1, 2).to(x.dtype), None
-
-
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class PrependBorrowed(torch.autograd.Function):
