@@ -136,9 +136,8 @@ class Upsample(nn.Module):
         return per_frames(self.enlarge, x, frames, piece.first), piece.resampled(2) if self.time else piece
 
     def enlarge(self, x: Tensor, first: bool) -> Tensor:
-        frames = 2 * x.shape[2] - first if self.time else x.shape[2]
         x = per_frame(lambda frame: doubled_conv(frame, self.conv), x)
-        return x.index_select(2, stretched_index(x.shape[2], frames, first, x.device)) if self.time else x
+        return x.index_select(2, stretched_index(x.shape[2], 2 * x.shape[2] - first, first, x.device)) if self.time else x
 
 
 def doubled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
