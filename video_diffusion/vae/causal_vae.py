@@ -139,7 +139,8 @@ class CausalVAE(nn.Module):
         `chunk` frames at a time (a multiple of `time_compression`) in tiles of `tile` pixels: less memory.
         With norm_scope 'frame' chunks change nothing; otherwise, and with tiles, the norms' statistics do.
         """
-        video, unit = fit_video(self, video), self.time_compression
+        video = fit_video(self, video)
+        unit = self.time_compression
         refuse_bad_pieces(self, chunk, tile, unit)
 
         def moments(part: Tensor) -> Tensor:
@@ -152,7 +153,8 @@ class CausalVAE(nn.Module):
         fz latent frames become 1 + 4 (fz - 1) frames, or `frames=4 * fz` where no first frame was kept apart.
         `chunk` latent frames at a time, in tiles of `tile` pixels: see `encode`.
         """
-        z, scale = fit_latent(self, z), self.space_compression
+        z = fit_latent(self, z)
+        scale = self.space_compression
         refuse_bad_pieces(self, chunk, tile, 1)
 
         def pixels(part: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ last. Only two things in a causal convolutional network look beyond a process's 
 
 Both are exact, gradients too: a borrowed frame's gradient travels back to its owner, who adds it to its own.
 What a process computes is therefore one term of the clip's loss: *add up* losses and parameter gradients over
-the group (`sum_gradients`). Per causal convolution, each process but the first receives b * c * 2 * h * w
-numbers, in the backward pass likewise; per norm over the clip, each process sends its
-2 * b * groups numbers to every other. Nothing else travels but five integers per clip (`agree_on_counts`).
+the group (`sum_gradients`). Per causal convolution, each process but the first receives b * c * 2 * h * w numbers,
+in the backward pass likewise; per norm over the clip, each process sends its 2 * b * groups numbers to every
+other. Nothing else travels but five integers per clip (`agree_on_counts`).
 
 Layers learn what they must know about their frames from a `Piece` handed down with them. It also carries the
 state of streaming: the last frames that each convolution has seen. Modules keep nothing between calls.
@@ -193,7 +193,8 @@ class FrameMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, groups: int):
-        means, deviations, exact = [], [], torch.promote_types(x.dtype, torch.float32)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        means, deviations = [], []
         for frame in x.unbind(2):                                                     # b c h w
             numbers = frame.reshape(x.shape[0], groups, -1).to(exact)                 # b g n
             mean = numbers.mean(-1, keepdim=True)
