@@ -252,7 +252,7 @@ def folders(tmp_path_factory):
     causal = CausalVAE(**VAE | dict(dim=32, dim_mults=(1, 1), norm_groups=32))
     causal_vae_to_diffusers(causal, root / 'causal')
     temporal_vae_to_diffusers(TemporalVAE(dim=32, dim_mults=(1, 1), blocks_per_level=1), root / 'temporal')
-    names = {sat_name(name, causal): value for name, value in causal.state_dict().items()}
+    names = {sat_name(name, levels=2): value for name, value in causal.state_dict().items()}
     torch.save({'state_dict': names}, root / 'sat.pt')
     return root
 

@@ -32,8 +32,8 @@ from .. import checks
 from ..data.dataset import GifDataset, seeded_generator
 from ..data.folder import ClipFolder, write_clip
 from ..distributed import Processes, best_device
-from ..vae.context_parallel import CausalConv3d, Piece, split_frames, sum_gradients
-from ..vae.frame_shares import agree_on_shares, has_special_first_frame
+from ..vae.context_parallel import CausalConv3d, Piece
+from ..vae.frame_shares import agree_on_shares, has_special_first_frame, split_frames, sum_gradients
 from ..vae.gaussian import DiagonalGaussian
 from ..vae.metrics import psnr, ssim
 from ..vae.vae_checkpoint import vae_config

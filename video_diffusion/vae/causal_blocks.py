@@ -49,8 +49,7 @@ class Norm(GroupNorm):
                 return silu(torch.addcmul(b, part, a).to(x.dtype))
             # Stretched in time and width only; over the rows of one latent row it is broadcast.
             at, wide = latent_of[start:stop], x.shape[-1] // z.shape[-1]
-            here = (t.index_select(2, at).repeat_interleave(wide, -1) for t in (gain, offset))
-            gain_here, offset_here = here                                               # b c f hz w
+            gain_here, offset_here = (t.index_select(2, at).repeat_interleave(wide, -1) for t in (gain, offset))    # b c f hz w
             # (part * a + b) * gain + offset = part * (a * gain) + (b * gain + offset)
             a, b = a * gain_here, torch.addcmul(offset_here, b, gain_here)
             rows = part.unflatten(3, (z.shape[3], -1))                                  # b c f hz h/hz w
@@ -89,8 +88,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = CausalConv3d(out_channels, out_channels)
-        same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, z: Tensor | None, piece: Piece) -> Tensor:
         h = normed_conv(x, self.norm1, self.conv1, z, piece)                              # b out f h w
@@ -111,10 +109,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor, piece: Piece) -> tuple[Tensor, Piece]:
-        if not self.time:
-            return per_frames(self.shrink, x, x.shape[2], piece.first), piece
-        frames = (x.shape[2] + piece.first) // 2
-        return per_frames(self.shrink, x, frames, piece.first), piece.resampled(0.5)
+        frames = (x.shape[2] + piece.first) // 2 if self.time else x.shape[2]
+        return per_frames(self.shrink, x, frames, piece.first), piece.resampled(0.5) if self.time else piece
 
     def shrink(self, x: Tensor, first: bool) -> Tensor:
         if self.time:
@@ -136,15 +132,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, piece: Piece) -> tuple[Tensor, Piece]:
-        if not self.time:
-            return per_frames(self.enlarge, x, x.shape[2], piece.first), piece
-        frames = 2 * x.shape[2] - piece.first
-        return per_frames(self.enlarge, x, frames, piece.first), piece.resampled(2)
+        frames = 2 * x.shape[2] - piece.first if self.time else x.shape[2]
+        return per_frames(self.enlarge, x, frames, piece.first), piece.resampled(2) if self.time else piece
 
     def enlarge(self, x: Tensor, first: bool) -> Tensor:
-        frames = 2 * x.shape[2] - first if self.time else x.shape[2]
         x = per_frame(lambda frame: doubled_conv(frame, self.conv), x)
-        return x.index_select(2, stretched_index(x.shape[2], frames, first, x.device)) if self.time else x
+        return x.index_select(2, stretched_index(x.shape[2], 2 * x.shape[2] - first, first, x.device)) if self.time else x
 
 
 def doubled_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:

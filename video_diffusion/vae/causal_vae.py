@@ -37,7 +37,7 @@ from .. import checks
 from ..networks.recompute import plainly, recompute
 from .causal_blocks import Downsample, Level, Norm, Upsample, normed_conv, stem
 from .context_parallel import CausalConv3d, Piece
-from .frame_shares import agree_on_shapes, agree_on_shares, has_special_first_frame, share_of_noise
+from .frame_shares import agree_on_counts, agree_on_shares, has_special_first_frame, share_of_noise
 from .gaussian import DiagonalGaussian
 from .tiling import in_tiles
 
@@ -118,17 +118,15 @@ class CausalVAE(nn.Module):
 
         def norm(channels): return Norm(norm_groups, channels, norm_scope)
         def conditioned_norm(channels): return Norm(norm_groups, channels, norm_scope, latent_channels)
-        self.encoder = Encoder(in_channels, latent_channels, dim, dims, blocks_per_level, time_levels,
-                               norm, dropout)
-        self.decoder = Decoder(out_channels, latent_channels, dims, blocks_per_level, time_levels,
-                               conditioned_norm, dropout)
+        self.encoder = Encoder(in_channels, latent_channels, dim, dims, blocks_per_level, time_levels, norm, dropout)
+        self.decoder = Decoder(out_channels, latent_channels, dims, blocks_per_level, time_levels, conditioned_norm, dropout)
 
     def forward(self, video: Tensor, sample: bool = True, generator=None) -> tuple[Tensor, DiagonalGaussian]:
         """(b c f h w) in [0, 1] -> its reconstruction and the posterior; `sample=False` decodes the mode."""
         posterior = self.encode(video)
         frames, z = video.shape[2], posterior.mode()
         if self.group is not None:
-            frames = sum(shape[2] for shape in agree_on_shapes(video, self.group))     # of the whole clip
+            frames = sum(agree_on_counts(video, self.group))                          # of the whole clip
             if sample:
                 z = z + posterior.std * share_of_noise(z, self.group, generator)
         elif sample:
@@ -142,24 +140,28 @@ class CausalVAE(nn.Module):
         With norm_scope 'frame' chunks change nothing; otherwise, and with tiles, the norms' statistics do.
         """
         video = fit_video(self, video)
-        self._refuse_bad_pieces(chunk, tile, self.time_compression)
-        moments = in_tiles(lambda part: self._moments(part, chunk), video, tile, 1 / self.space_compression)
-        return DiagonalGaussian.from_moments(moments)
+        unit = self.time_compression
+        refuse_bad_pieces(self, chunk, tile, unit)
 
-    def decode(self, z: Tensor, frames: int | None = None,
-               chunk: int | None = None, tile: int | None = None) -> Tensor:
+        def moments(part: Tensor) -> Tensor:
+            return self._through(self.encoder, part * 2 - 1, chunk, partial(has_special_first_frame, compression=unit), unit)
+        return DiagonalGaussian.from_moments(in_tiles(moments, video, tile, 1 / self.space_compression))
+
+    def decode(self, z: Tensor, frames: int | None = None, chunk: int | None = None, tile: int | None = None) -> Tensor:
         """Latents (b latent_channels fz hz wz) -> video (b c f h w), [0, 1] but not clamped.
 
         fz latent frames become 1 + 4 (fz - 1) frames, or `frames=4 * fz` where no first frame was kept apart.
         `chunk` latent frames at a time, in tiles of `tile` pixels: see `encode`.
         """
         z = fit_latent(self, z)
-        self._refuse_bad_pieces(chunk, tile, 1)
         scale = self.space_compression
-        return in_tiles(lambda part: self._video(part, frames, chunk), z, tile and tile // scale, scale)
+        refuse_bad_pieces(self, chunk, tile, 1)
 
-    def encode_stream(self, frame_chunks: Iterable[Tensor],
-                      first_frame: bool = True) -> Iterator[DiagonalGaussian]:
+        def pixels(part: Tensor) -> Tensor:
+            return (self._through(self.decoder, part, chunk, partial(self._special, frames=frames), 1) + 1) / 2
+        return in_tiles(pixels, z, tile and tile // scale, scale)
+
+    def encode_stream(self, frame_chunks: Iterable[Tensor], first_frame: bool = True) -> Iterator[DiagonalGaussian]:
         """Chunks of any number of frames -> distributions over the latent frames that they complete.
 
         `first_frame`: the video begins with the special frame that is kept apart (1 + 4k frames) or not (4k).
@@ -183,33 +185,25 @@ class CausalVAE(nn.Module):
         """The decoder's last weight, where losses are balanced (`vae_loss.adaptive_weight`)."""
         return self.decoder.conv_out.weight
 
-    def _moments(self, video: Tensor, chunk: int | None) -> Tensor:
-        x = video * 2 - 1
-        if self.group is not None:
-            return self._share(self.encoder, x, agree_on_shares(video, self.group, self.time_compression))
-        special = has_special_first_frame(x.shape[2], self.time_compression)
-        if chunk is None:
-            return self.encoder(x, Piece(special), self._run)
-        return torch.cat(list(self._stream(self.encoder, chunks(x, chunk), special)), dim=2)
+    def _through(self, network: nn.Module, x: Tensor, chunk: int | None, special, unit: int) -> Tensor:
+        """network(x): all frames of a clip, chunk by chunk, or those that this process holds, a multiple of `unit`.
 
-    def _video(self, z: Tensor, frames: int | None, chunk: int | None) -> Tensor:
-        if self.group is not None:
-            shares = agree_on_shares(z, self.group)
-            shares = replace(shares, special=self._special(sum(shares.counts), frames))
-            x = self._share(self.decoder, z, shares)
-        elif chunk is None:
-            x = self.decoder(z, Piece(self._special(z.shape[2], frames)), self._run)
-        else:
-            special = self._special(z.shape[2], frames)
-            x = torch.cat(list(self._stream(self.decoder, chunks(z, chunk), special)), dim=2)
-        return (x + 1) / 2
-
-    def _share(self, network: nn.Module, x: Tensor, shares) -> Tensor:
+        special(f): whether the first of f frames, which are the whole clip, is a special one.
+        """
+        if self.group is None:
+            first = special(x.shape[2])
+            if chunk is None:
+                return network(x, Piece(first), self._run)
+            return torch.cat(list(self._stream(network, chunks(x, chunk), first)), dim=2)
+        if chunk is not None:
+            raise ValueError(f'chunk={chunk}: in a context-parallel group a process has all its frames at once, give no chunk')
+        shares = agree_on_shares(x, self.group, unit)
+        whole = sum(shares.counts)
+        shares = replace(shares, special=special(whole))
         if x.shape[2] == 0:
             return self._nothing(network, x)
-        first = shares.special and shares.rank == 0
-        alone = x.shape[2] == sum(shares.counts)                   # an image is the first process's business
-        return network(x, Piece(first, shares=None if alone else shares), self._run)
+        alone = x.shape[2] == whole                                # an image is the first process's business
+        return network(x, Piece(shares.special and shares.rank == 0, shares=None if alone else shares), self._run)
 
     def _nothing(self, network: nn.Module, x: Tensor) -> Tensor:
         """No frames, in the shape they would have; they hang on x and network, so that backward() works."""
@@ -247,12 +241,6 @@ class CausalVAE(nn.Module):
             raise ValueError(f'frames={frames}: {latents} latent frames stand for {with_first} frames, '
                              f'or for {without} without a special first frame')
         return frames in (None, with_first)
-
-    def _refuse_bad_pieces(self, chunk: int | None, tile: int | None, unit: int):
-        if chunk is not None and self.group is not None:
-            raise ValueError(f'chunk={chunk}: in a context-parallel group a process has all its frames '
-                             'at once, give no chunk')
-        refuse_bad_pieces(self, chunk, tile, unit)
 
 
 def chunks(x: Tensor, length: int) -> list[Tensor]:

@@ -15,9 +15,9 @@ last. Only two things in a causal convolutional network look beyond a process's 
 
 Both are exact, gradients too: a borrowed frame's gradient travels back to its owner, who adds it to its own.
 What a process computes is therefore one term of the clip's loss: *add up* losses and parameter gradients over
-the group (`sum_gradients`). Per causal convolution of kernel k, each process but the first receives
-b * c * (k - 1) * h * w numbers, in the backward pass likewise; per norm over the clip, each process sends its
-2 * b * groups numbers to every other. Nothing else travels but five integers per clip (`agree_on_shapes`).
+the group (`sum_gradients`). Per causal convolution, each process but the first receives b * c * 2 * h * w numbers,
+in the backward pass likewise; per norm over the clip, each process sends its 2 * b * groups numbers to every
+other. Nothing else travels but five integers per clip (`agree_on_counts`).
 
 Layers learn what they must know about their frames from a `Piece` handed down with them. It also carries the
 state of streaming: the last frames that each convolution has seen. Modules keep nothing between calls.
@@ -32,9 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ..networks.recompute import on_cpu
 from . import planes
-from .frame_shares import AllGather, Shares, memory_format, return_to_owners, split_frames, start_borrowing, sum_gradients
-
-__all__ = ['CausalConv3d', 'GroupNorm', 'Piece', 'split_frames', 'sum_gradients']
+from .frame_shares import BORROWED, AllGather, Shares, memory_format, return_to_owners, start_borrowing
 
 
 @dataclass(frozen=True)
@@ -53,23 +51,19 @@ class Piece:
 # ---- the two layers that look beyond their own frames
 
 class CausalConv3d(nn.Conv3d):
-    """Output frame t sees input frames t-k+1 ... t: k-1 frames are put before the clip, zeros around it.
+    """Output frame t sees input frames t-2, t-1 and t: two frames are put before the clip, zeros around it.
 
     Those are copies of the clip's first frame, or the frames of another process or of the last chunk where
     `piece` says that such come before.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
-        pad = kernel_size // 2
-        super().__init__(in_channels, out_channels, kernel_size, padding=(0, pad, pad))
-        self.borrowed = kernel_size - 1
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, piece: Piece = Piece()) -> Tensor:
-        if self.borrowed == 0:
-            return super().forward(x)
         if piece.shares is not None:
-            return super().forward(PrependBorrowed.apply(x, piece.shares, self.borrowed))
-        past = self.frames_before(x[:, :, :1], x[:, :, -self.borrowed:], piece)     # b c k-1 h w
+            return super().forward(PrependBorrowed.apply(x, piece.shares))
+        past = self.frames_before(x[:, :, :1], x[:, :, -BORROWED:], piece)          # b c 2 h w
         if self.sees_one_image(x, piece):
             return self.as_image(x)
         return super().forward(torch.cat([past, x], dim=2))
@@ -90,17 +84,17 @@ class CausalConv3d(nn.Conv3d):
         when a message from another process has had time to arrive.
         """
         frames, past = x.shape[2], None
-        first, last = prepare(0, 1), prepare(max(0, frames - self.borrowed), frames)
+        first, last = prepare(0, 1), prepare(max(0, frames - BORROWED), frames)
         if piece.shares is not None:
-            arrival = start_borrowing(first, last, piece.shares, self.borrowed)
+            arrival = start_borrowing(first, last, piece.shares)
         else:
             past = self.frames_before(first, last, piece)
         if self.sees_one_image(x, piece):
             return self.as_image(first)
         out = None
         for start, stop in reversed(steps(x)):
-            inputs = prepare(max(0, start - self.borrowed), stop)
-            if start < self.borrowed:
+            inputs = prepare(max(0, start - BORROWED), stop)
+            if start < BORROWED:
                 past = arrival() if past is None else past
                 inputs = torch.cat([past[:, :, start:], inputs], dim=2)
             y = super().forward(inputs)                                           # b c stop-start h w
@@ -111,24 +105,23 @@ class CausalConv3d(nn.Conv3d):
         return out
 
     def frames_before(self, first: Tensor, last: Tensor, piece: Piece) -> Tensor:
-        """The k-1 frames before a piece, given its `first` and `last` frames; remembers the last."""
+        """The two frames before a piece, given its `first` and `last` frames; remembers the last."""
         if piece.past is None:
-            past = first.expand(-1, -1, self.borrowed, -1, -1)
+            past = first.expand(-1, -1, BORROWED, -1, -1)
         elif torch.is_grad_enabled():
             past = piece.past[self]              # asked for again where checkpointing recomputes a block
         else:
             past = piece.past.pop(self)          # memory freed at once
         if piece.future is not None:
-            piece.future[self] = torch.cat([past, last], dim=2)[:, :, -self.borrowed:].clone()
+            piece.future[self] = torch.cat([past, last], dim=2)[:, :, -BORROWED:].clone()
         return past
 
     def sees_one_image(self, x: Tensor, piece: Piece) -> bool:
         return x.shape[2] == 1 and piece.past is None and piece.shares is None
 
     def as_image(self, x: Tensor) -> Tensor:
-        """All k frames under the kernel are the same one, so its weights can be summed over time first."""
-        image = F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:])
-        return image.unsqueeze(2)
+        """All frames under the kernel are the same one, so its weights can be summed over time first."""
+        return F.conv2d(x.squeeze(2), self.weight.sum(dim=2), self.bias, padding=self.padding[1:]).unsqueeze(2)
 
 
 def steps(x: Tensor, first: bool = False, unit: int = 2, growth: float = 1.) -> list[tuple[int, int]]:
@@ -148,10 +141,9 @@ def at_once() -> bool:
     return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
-def empty_clip(frames_like: Tensor, frames: int) -> Tensor:
-    b, c, _, h, w = frames_like.shape
-    return torch.empty((b, c, frames, h, w), dtype=frames_like.dtype, device=frames_like.device,
-                       memory_format=memory_format(frames_like))
+def empty_clip(like: Tensor, frames: int) -> Tensor:
+    b, c, _, h, w = like.shape
+    return torch.empty((b, c, frames, h, w), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -174,9 +166,12 @@ class GroupNorm(nn.GroupNorm):
         numbers = x[0, 0, 0].numel() * x.shape[1] // self.num_groups      # per frame
         if self.scope == 'clip':
             mean, deviation = planes.combine(mean, deviation, mean.new_ones(x.shape[2]) * numbers)       # b g 1
-            counts = piece.shares.counts if piece.shares else [x.shape[2]]
-            if piece.shares is not None:
-                mean, deviation = over_the_group(mean, deviation, numbers, piece.shares)
+            counts = [x.shape[2]]
+            if piece.shares is not None:                                  # the same of the processes as of the frames
+                counts = piece.shares.counts
+                own = torch.cat([mean, deviation], dim=-1)                                               # b g 2
+                parts = AllGather.apply(own, piece.shares.group, 'group norm statistics')                # p b g 2
+                mean, deviation = planes.combine(*parts.permute(3, 1, 2, 0), mean.new_tensor(counts) * numbers)
             numbers *= sum(counts)
         scale = torch.rsqrt(deviation / numbers + self.eps)
         width = x.shape[1] // self.num_groups
@@ -186,17 +181,9 @@ class GroupNorm(nn.GroupNorm):
         return scale[..., None, None], shift[..., None, None]
 
 
-def over_the_group(mean: Tensor, deviation: Tensor, numbers_per_frame: int, shares: Shares):
-    """Statistics of this process's frames, (b g 1), to those of the whole clip."""
-    own = torch.cat([mean, deviation], dim=-1)                                             # b g 2
-    parts = AllGather.apply(own, shares.group, 'group norm statistics')                    # p b g 2
-    mean, deviation = parts.permute(3, 1, 2, 0)                                            # b g p
-    return planes.combine(mean, deviation, mean.new_tensor(shares.counts) * numbers_per_frame)
-
-
 def frame_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of every frame's groups of channels: (b c f h w) -> twice (b g f)."""
-    numbers = x.unflatten(1, (groups, -1)).to(statistics_dtype(x))                    # b g c f h w
+    numbers = x.unflatten(1, (groups, -1)).to(torch.promote_types(x.dtype, torch.float32))     # b g c f h w
     mean = numbers.mean(dim=(2, 4, 5), keepdim=True)
     return mean[:, :, 0, :, 0, 0], (numbers - mean).square().sum(dim=(2, 4, 5))
 
@@ -206,9 +193,10 @@ class FrameMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, groups: int):
+        exact = torch.promote_types(x.dtype, torch.float32)
         means, deviations = [], []
         for frame in x.unbind(2):                                                     # b c h w
-            numbers = frame.reshape(x.shape[0], groups, -1).to(statistics_dtype(x))     # b g n
+            numbers = frame.reshape(x.shape[0], groups, -1).to(exact)                 # b g n
             mean = numbers.mean(-1, keepdim=True)
             means.append(mean)
             deviations.append((numbers - mean).square_().sum(-1, keepdim=True))
@@ -227,25 +215,20 @@ class FrameMoments(torch.autograd.Function):
         return torch.addcmul(offset, groups, slope).flatten(1, 2).to(x.dtype), None
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 class PrependBorrowed(torch.autograd.Function):
-    """(b c f h w) -> (b c k-1+f h w): the frames before come from the processes that own them."""
+    """(b c f h w) -> (b c 2+f h w): the frames before come from the processes that own them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, shares: Shares, borrowed: int):
-        ctx.shares, ctx.borrowed = shares, borrowed
-        past = start_borrowing(x[:, :, :1], x[:, :, -borrowed:], shares, borrowed)()
+    def forward(ctx, x: Tensor, shares: Shares):
+        ctx.shares = shares
+        past = start_borrowing(x[:, :, :1], x[:, :, -BORROWED:], shares)()
         return torch.cat([past, x], dim=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        shares, borrowed = ctx.shares, ctx.borrowed
-        grad_past, grad_x = grad[:, :, :borrowed], grad[:, :, borrowed:].clone()
-        if shares.rank == 0:                               # before it stand copies of its own first frame
+        grad_past, grad_x = grad[:, :, :BORROWED], grad[:, :, BORROWED:].clone()
+        if ctx.shares.rank == 0:                           # before it stand copies of its own first frame
             grad_x[:, :, :1] += grad_past.sum(dim=2, keepdim=True)
-        return_to_owners(grad_past, grad_x, shares, borrowed)
-        return grad_x, None, None
+        return_to_owners(grad_past, grad_x, ctx.shares)
+        return grad_x, None

@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+BORROWED = 2                      # frames before its own that a causal convolution sees: its kernel is 3 long
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -30,8 +32,8 @@ class Shares:
     counts: tuple[int, ...]       # frames of each process
     special: bool                 # the first process begins with the clip's special first frame
 
-    def loans(self, borrowed: int) -> dict[tuple[int, int], list[int]]:
-        """{(lender, borrower): the lender's frames, -1 for its last}: `borrowed` frames before each share.
+    def loans(self) -> dict[tuple[int, int], list[int]]:
+        """{(lender, borrower): the lender's frames, -1 for its last}: BORROWED frames before each share.
 
         A share may be shorter than what the next process borrows; then the one before it lends too. Before
         the clip's first frame stand copies of that frame.
@@ -40,7 +42,7 @@ class Shares:
         plan = {}
         for borrower in range(1, len(self.counts)):
             start = sum(self.counts[:borrower])
-            for frame in range(start - borrowed, start):
+            for frame in range(start - BORROWED, start):
                 lender, index = owner[max(0, frame)]
                 plan.setdefault((lender, borrower), []).append(index)
         return plan
@@ -82,13 +84,11 @@ def fitting_frames(frames: int, compression: int) -> int:
     return compression if kept == 1 and frames >= compression else kept            # and not a single one, which would stand still
 
 
-def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1, debug=False) -> Tensor:
+def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1) -> Tensor:
     """(b c f h w) -> this process's share of f; for a video give the `time_compression` of its VAE.
 
-    The shares differ by at most one latent frame. `debug` makes sure that all processes got the same clip.
+    The shares differ by at most one latent frame.
     """
-    if debug:
-        refuse_different_clips(x, group)
     special = has_special_first_frame(x.shape[2], time_compression)
     latents = -(-x.shape[2] // time_compression)
     refuse_idle_processes(latents, group)
@@ -100,7 +100,7 @@ def split_frames(x: Tensor, group: dist.ProcessGroup, time_compression: int = 1,
 
 def gather_frames(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This process's share -> the whole clip (b c f h w), in every process."""
-    counts = [shape[2] for shape in agree_on_shapes(x, group)]
+    counts = agree_on_counts(x, group)
     padded = torch.cat([x, x.new_zeros(*x.shape[:2], max(counts) - x.shape[2], *x.shape[3:])], dim=2)
     parts = AllGather.apply(padded, group, 'frames')
     return torch.cat([part[:, :, :n] for part, n in zip(parts, counts)], dim=2)
@@ -124,17 +124,16 @@ def sum_gradients(parameters, group: dist.ProcessGroup):
 
 def share_of_noise(x: Tensor, group: dist.ProcessGroup, generator: torch.Generator | None = None) -> Tensor:
     """Noise for this process's frames, cut from the clip's: those seeded alike do not draw the same twice."""
-    counts = [shape[2] for shape in agree_on_shapes(x, group)]
+    counts = agree_on_counts(x, group)
     shape = (*x.shape[:2], sum(counts), *x.shape[3:])
     whole = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     return whole.split(counts, dim=2)[group.rank()]
 
 
-def agree_on_shares(x: Tensor, group: dist.ProcessGroup, compression: int = 1, special: bool | None = None):
+def agree_on_shares(x: Tensor, group: dist.ProcessGroup, compression: int = 1) -> Shares:
     """The `Shares` of the clip that x is a part of, checked. An image is the first process's alone."""
-    counts = [shape[2] for shape in agree_on_shapes(x, group)]
-    if special is None:
-        special = has_special_first_frame(sum(counts), compression)
+    counts = agree_on_counts(x, group)
+    special = has_special_first_frame(sum(counts), compression)
     refuse_idle_processes(-(-sum(counts) // compression), group)
     alone = counts[0] == sum(counts)
     if any((n - (special and p == 0)) % compression or (n == 0 and not alone) for p, n in enumerate(counts)):
@@ -143,30 +142,21 @@ def agree_on_shares(x: Tensor, group: dist.ProcessGroup, compression: int = 1, s
     return Shares(group, group.rank(), tuple(counts), special)
 
 
-def agree_on_shapes(x: Tensor, group: dist.ProcessGroup) -> list[list[int]]:
-    """Every process's shape, by its rank: the one exchange that is needed per clip to know all sizes."""
+def agree_on_counts(x: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """Every process's number of frames, by its rank: the one exchange that is needed per clip."""
     with torch.no_grad():
         shape = torch.tensor(x.shape, device=x.device)
         shapes = AllGather.apply(shape, group, 'the shape of its frames').tolist()
     if len({(b, c, h, w) for b, c, _, h, w in shapes}) > 1:
         raise ValueError(f'the processes of a group hold parts of different clips, of shapes {shapes}: '
                          'only the number of frames may differ; give all of them the same batch')
-    return shapes
+    return [f for _, _, f, _, _ in shapes]
 
 
 def refuse_idle_processes(latents: int, group: dist.ProcessGroup):
     if 1 < latents < group.size():
         raise ValueError(f'a clip of {latents} latent frames cannot be shared by {group.size()} processes: '
                          f'use at most {latents} (a single image stays with the first, the others wait)')
-
-
-def refuse_different_clips(x: Tensor, group: dist.ProcessGroup):
-    agree_on_shapes(x, group)
-    sums = x.detach().double().flatten(1).sum(1)                           # (b,)
-    sums = AllGather.apply(sums, group, 'check sums of its batch')
-    if not torch.equal(sums, sums[:1].expand_as(sums)):
-        raise ValueError('the processes of a group were given different batches: seed their data loaders '
-                         f'alike (sums of the videos, by process: {sums.tolist()})')
 
 
 class SplitFrames(torch.autograd.Function):
@@ -185,38 +175,33 @@ class SplitFrames(torch.autograd.Function):
 
 # ---- what travels
 
-def start_borrowing(first: Tensor, last: Tensor, shares: Shares, borrowed: int):
+def start_borrowing(first: Tensor, last: Tensor, shares: Shares):
     """Sends `last` frames to those that need them; returns a function that waits for those before `first`."""
     sends, receives = {}, {}
-    for (lender, borrower), frames in shares.loans(borrowed).items():
+    for (lender, borrower), frames in shares.loans().items():
         if lender == shares.rank:
             sends[borrower] = torch.cat([last[:, :, i, None] for i in frames], dim=2).contiguous()
         if borrower == shares.rank:
-            receives[lender] = torch.empty_like(first.expand(-1, -1, len(frames), -1, -1),
-                                                memory_format=torch.contiguous_format)
+            receives[lender] = torch.empty_like(first.expand(-1, -1, len(frames), -1, -1), memory_format=torch.contiguous_format)
     wait = exchange(sends, receives, shares.group, 'the frames that a causal convolution borrows')
 
     def finish() -> Tensor:
         wait()
-        if shares.rank == 0:
-            past = first.expand(-1, -1, borrowed, -1, -1)
-        else:
-            past = torch.cat(list(receives.values()), dim=2)
+        past = torch.cat(list(receives.values()), dim=2) if receives else first.expand(-1, -1, BORROWED, -1, -1)
         return past.contiguous(memory_format=memory_format(last))
     return finish
 
 
-def return_to_owners(grad_past: Tensor, grad_x: Tensor, shares: Shares, borrowed: int):
+def return_to_owners(grad_past: Tensor, grad_x: Tensor, shares: Shares):
     """The way back: gradients of the frames that were borrowed are added to those of their owners."""
     sends, receives, start = {}, {}, 0
-    plan = shares.loans(borrowed)
+    plan = shares.loans()
     for (lender, borrower), frames in plan.items():
         if borrower == shares.rank:
             sends[lender] = grad_past[:, :, start:start + len(frames)].contiguous()
             start += len(frames)
         if lender == shares.rank:
-            receives[borrower] = torch.empty_like(grad_past[:, :, :len(frames)],
-                                                  memory_format=torch.contiguous_format)
+            receives[borrower] = torch.empty_like(grad_past[:, :, :len(frames)], memory_format=torch.contiguous_format)
     exchange(sends, receives, shares.group, 'the gradient of the frames that it lent')()
     for borrower, grad in receives.items():
         for index, frame_grad in zip(plan[shares.rank, borrower], grad.unbind(2)):

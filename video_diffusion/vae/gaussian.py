@@ -12,8 +12,6 @@ so that gradients reach mean and std, and pays for every bit by which it differs
 Latents may have any number of axes, (b, c, h, w) or (b, c, f, h, w): sums run over all but the batch axis.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -43,18 +41,6 @@ class DiagonalGaussian:
     def mode(self) -> Tensor:
         return self.mean
 
-    def kl(self, other: 'DiagonalGaussian | None' = None) -> Tensor:
-        """KL(self || other) for each item of the batch, (b,); without `other`, against N(0, 1)."""
-        if other is None:
-            return _sum(0.5 * (self.mean ** 2 + self.var - 1. - self.logvar))
-        distance = (self.mean - other.mean) ** 2
-        return _sum(0.5 * ((distance + self.var) / other.var - 1. - self.logvar + other.logvar))
-
-    def nll(self, sample: Tensor) -> Tensor:
-        """-log p(sample) for each item of the batch, (b,)."""
-        distance = (sample - self.mean) ** 2 / self.var
-        return _sum(0.5 * (math.log(2. * math.pi) + self.logvar + distance))
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1)    # (b, ...) -> (b,)
+    def kl(self) -> Tensor:
+        """KL(self || N(0, 1)) for each item of the batch, (b,)."""
+        return (0.5 * (self.mean ** 2 + self.var - 1. - self.logvar)).flatten(1).sum(1)

@@ -144,9 +144,8 @@ def per_frame(scores: Tensor) -> Tensor:
     return scores.flatten(3).mean(-1)                        # b 1 f
 
 
-def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor,
-                    average: Callable[[Tensor], Tensor] = lambda grads: grads, scale: Tensor | float = 1.,
-                    largest: float = 1e4) -> Tensor:
+def adaptive_weight(nll: Tensor, adversarial: Tensor, last_layer: Tensor, average: Callable[[Tensor], Tensor] = lambda grads: grads,
+                    scale: Tensor | float = 1., largest: float = 1e4) -> Tensor:
     """|gradient of nll| / |gradient of adversarial| at `last_layer`; `average` makes it that of all processes.
 
     In fp16 gradients this small are 0, so they are taken `scale` times larger, as a GradScaler takes all others. Where that

@@ -33,7 +33,7 @@ from ..vae.causal_vae import CausalVAE
 from ..vae.frame_shares import latent_shape
 from .cogvideox_dit import dit_from_diffusers, dit_from_sat, dit_to_diffusers
 from .cogvideox_vae import causal_vae_from_diffusers, causal_vae_from_sat, causal_vae_to_diffusers
-from .files import read_config
+from .files import read_config, write_json
 
 INDEX = 'model_index.json'
 PARTS = 'tokenizer', 'text_encoder', 'transformer', 'scheduler', 'vae'
@@ -161,7 +161,3 @@ def cogvideox_to_folder(diffusion: LatentDiffusion, folder: str | Path, sampler:
         '_class_name': 'CogVideoXPipeline' if told is None else 'CogVideoXImageToVideoPipeline', 'scheduler': ['diffusers', kind],
         'tokenizer': ['transformers', type(encoder.tokenizer).__name__], 'text_encoder': ['transformers', 'T5EncoderModel'],
         'transformer': ['diffusers', 'CogVideoXTransformer3DModel'], 'vae': ['diffusers', 'AutoencoderKLCogVideoX']})
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + '\n')

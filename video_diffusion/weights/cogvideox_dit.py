@@ -236,8 +236,7 @@ def flat_patches(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def as_convolution(dit: DiT, state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    patch = dit.config['patch']
-    return state | {name: state[name].unflatten(1, (-1, patch, patch))} if dit.patch[0] == 1 else state
+    return state | {name: state[name].unflatten(1, (-1, *dit.patch[1:]))} if dit.patch[0] == 1 else state
 
 
 def newest_sat(path: str | Path) -> Path:

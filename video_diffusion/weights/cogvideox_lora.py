@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..networks.lora import adapt, lora_layers, network_of
-from .cogvideox_dit import TO_DIFFUSERS, TO_SAT, newest_sat
+from .cogvideox_dit import SAT_PREFIX, TO_DIFFUSERS, TO_SAT, newest_sat
 from .files import read_sat, renamed, safetensors
 
 FILE = 'pytorch_lora_weights.safetensors'
@@ -36,7 +36,7 @@ def diffusers_name(name: str) -> str:
 
 def sat_name(name: str) -> str:
     """blocks.0.to_v.lora_A -> model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_A.2"""
-    return 'model.diffusion_model.' + renamed(renamed(name, TO_SAT), PARTS)
+    return SAT_PREFIX + renamed(renamed(name, TO_SAT), PARTS)
 
 
 def lora_from_diffusers(model: nn.Module, path: str | Path, alpha: float | None = None) -> None:

@@ -4,8 +4,7 @@
     vae = causal_vae_from_sat('3d-vae.pt')                      # {'state_dict': ...}
     causal_vae_to_diffusers(vae, 'my-vae')                      # for AutoencoderKLCogVideoX.from_pretrained
 
-The networks are the same, only the names differ; the two tables below are the whole translation. Files are
-read with `weights_only=True` or as safetensors (`pip install safetensors`), so nothing in them is executed.
+The networks are the same, only the names differ; the two tables below are the whole translation.
 """
 
 import re
@@ -50,17 +49,15 @@ FIXED = {'act_fn': 'silu', 'norm_eps': 1e-6, 'use_quant_conv': False, 'use_post_
 def causal_vae_from_diffusers(path: str | Path) -> CausalVAE:
     """A folder, or one file in it, as written by `AutoencoderKLCogVideoX.save_pretrained`, sharded or not."""
     config = read_config(path, 'AutoencoderKLCogVideoX', FIXED)
-    return checkpoint.build(vae_of_diffusers, config, read_safetensors(path), path, their_name=diffusers_name)
+    return checkpoint.build(vae_of_diffusers, config, read_safetensors(path), path, their_name=partial(renamed, table=TO_DIFFUSERS))
 
 
 def vae_of_diffusers(config: dict) -> CausalVAE:
     channels = config['block_out_channels']
     return CausalVAE(
-        in_channels=config['in_channels'], out_channels=config['out_channels'],
-        latent_channels=config['latent_channels'], norm_groups=config['norm_num_groups'],
-        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels),
-        blocks_per_level=config['layers_per_block'],
-        time_compression=int(config['temporal_compression_ratio']))
+        in_channels=config['in_channels'], out_channels=config['out_channels'], latent_channels=config['latent_channels'],
+        dim=channels[0], dim_mults=tuple(c / channels[0] for c in channels), blocks_per_level=config['layers_per_block'],
+        norm_groups=config['norm_num_groups'], time_compression=int(config['temporal_compression_ratio']))
 
 
 def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: float = 1.15258426, **more):
@@ -70,13 +67,12 @@ def causal_vae_to_diffusers(vae: CausalVAE, folder: str | Path, scaling_factor: 
         raise ValueError(f"dim_mults={config['dim_mults']}, norm_scope={config['norm_scope']!r}: diffusers' "
                          "network has the form dim_mults=(1, ...), norm_scope='clip' only")
     channels = [round(config['dim'] * mult) for mult in config['dim_mults']]
-    state = {diffusers_name(name): value for name, value in vae.state_dict().items()}
+    state = {renamed(name, TO_DIFFUSERS): value for name, value in vae.state_dict().items()}
     write_pretrained(folder, state, {
         '_class_name': 'AutoencoderKLCogVideoX', **FIXED,
         'in_channels': config['in_channels'], 'out_channels': config['out_channels'],
         'latent_channels': config['latent_channels'], 'block_out_channels': channels,
-        'down_block_types': ['CogVideoXDownBlock3D'] * len(channels),
-        'up_block_types': ['CogVideoXUpBlock3D'] * len(channels),
+        'down_block_types': ['CogVideoXDownBlock3D'] * len(channels), 'up_block_types': ['CogVideoXUpBlock3D'] * len(channels),
         'layers_per_block': config['blocks_per_level'], 'norm_num_groups': config['norm_groups'],
         'temporal_compression_ratio': config['time_compression'], 'scaling_factor': scaling_factor, **more,
     })
@@ -90,8 +86,8 @@ def causal_vae_from_sat(path: str | Path, time_compression: int = 4) -> CausalVA
             config = sat_config(state) | {'time_compression': time_compression}
         except KeyError as error:
             raise ValueError(f'it is not a causal VAE of CogVideoX: it has no {error}') from None
-    vae = checkpoint.hollow(lambda config: CausalVAE(**config), config, len(state), path)
-    return checkpoint.fill(vae, state, path, lambda name: sat_name(name, vae))
+    their_name = partial(sat_name, levels=len(config['dim_mults']))
+    return checkpoint.build(lambda config: CausalVAE(**config), config, state, path, their_name=their_name)
 
 
 def sat_config(state: dict[str, Tensor]) -> dict:
@@ -106,11 +102,7 @@ def sat_config(state: dict[str, Tensor]) -> dict:
         dim_mults=tuple(c / dim for c in channels), blocks_per_level=count(r'encoder\.down\.0\.block\.\d+\.'))
 
 
-diffusers_name = partial(renamed, table=TO_DIFFUSERS)
-
-
-def sat_name(name: str, vae: CausalVAE) -> str:
+def sat_name(name: str, levels: int) -> str:
     """Its decoder counts levels from the finest, ours in the order in which they run."""
-    last = len(vae.decoder.levels) - 1
-    name = re.sub(r'decoder\.levels\.(\d+)', lambda match: f'decoder.levels.{last - int(match[1])}', name)
+    name = re.sub(r'decoder\.levels\.(\d+)', lambda match: f'decoder.levels.{levels - 1 - int(match[1])}', name)
     return renamed(name, TO_SAT)

@@ -74,8 +74,6 @@ def safetensors():
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     load_file = safetensors().load_file
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f'there is no file or folder {path}')
     files = [path] if path.is_file() else sorted(path.glob('*.safetensors.index.json')) or sorted(path.glob('*.safetensors'))
     files = [file for file in files if file.name.startswith(f'{WEIGHTS}.safetensors')] or files      # beside half precision, say
     if len(files) != 1:
@@ -96,13 +94,14 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 def read_config(path: str | Path, class_name: str, fixed: dict, name: str = 'config.json') -> dict:
     """The config.json that lies in a folder or beside a file; only what `class_name` and `fixed` say can be read."""
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f'there is no file or folder {path}: nothing is fetched, so download it first')
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f'{folder} holds no {name}: give the folder that save_pretrained wrote')
-    with checkpoint.blaming(folder / name):
-        config = json.loads((folder / name).read_text())
+    file = (path if path.is_dir() else path.parent) / name
+    if not file.is_file():
+        raise FileNotFoundError(f'{file.parent} holds no {name}: give the folder that save_pretrained wrote')
+    with checkpoint.blaming(file):
+        config = json.loads(file.read_text())
         other = {key: config[key] for key, value in fixed.items() if config.get(key, value) != value}
         if not re.fullmatch(class_name, str(config.get('_class_name'))) or other:
             raise ValueError(f"it describes {config.get('_class_name')} with {other}: only {class_name} with {fixed} can be read")
@@ -120,4 +119,8 @@ def write_pretrained(folder: str | Path, state: dict[str, Tensor], config: dict)
     temporary.replace(folder / f'{WEIGHTS}.safetensors')
     for older in (*folder.glob(f'{WEIGHTS}.safetensors.index.json'), *folder.glob(f'{WEIGHTS}-*-of-*.safetensors')):
         older.unlink()                                   # in shards: readers would take those first
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    write_json(folder / 'config.json', config)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + '\n')

@@ -44,13 +44,12 @@ def temporal_vae_from_diffusers(path: str | Path) -> TemporalVAE:
     """A folder, or one file in it, as written by `AutoencoderKLTemporalDecoder.save_pretrained`, sharded or not."""
     config = read_config(path, 'AutoencoderKLTemporalDecoder', {})
     state = read_safetensors(path)
-    vae = checkpoint.hollow(vae_of_diffusers, config, len(state), path)
-    # Its decoder creates these and never runs them: with one block per level the attention, with three the third.
-    unused = r'decoder\.mid_block\.' + ('attentions' if config['layers_per_block'] == 1 else r'resnets\.([2-9]|\d\d)')
     with checkpoint.blaming(path):
+        # Its decoder creates these and never runs them: with one block per level the attention, with three the third.
+        unused = r'decoder\.mid_block\.' + ('attentions' if config['layers_per_block'] == 1 else r'resnets\.([2-9]|\d\d)')
         state = {name: w.squeeze(-1) if w.ndim == 5 else w for name, w in state.items() if not re.match(unused, name)}
         state = joined(state, PIECES)
-    return checkpoint.fill(vae, state, path, partial(renamed, table=TO_DIFFUSERS))
+    return checkpoint.build(vae_of_diffusers, config, state, path, their_name=partial(renamed, table=TO_DIFFUSERS))
 
 
 def vae_of_diffusers(config: dict) -> TemporalVAE:
