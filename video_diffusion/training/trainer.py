@@ -167,7 +167,7 @@ class Trainer(TrainingLoop):
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
             self.diffusion.measure_scale(self.dataset)
-        self.run(log_fn)
+        super().train(log_fn)
 
     def learn(self, batch, number: int, is_last: bool) -> Tensor:
         videos, captions = batch if self.dataset.captions else (batch, None)
@@ -224,19 +224,17 @@ class Trainer(TrainingLoop):
 
     # Samples
 
-    def sample(self, milestone: int) -> Path:
+    def sample(self) -> None:
         """Samples of the averaged model as one tiled GIF."""
-        path = self.results_folder / f'{milestone}.gif'
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, self.told(prompts), self.num_samples, batch_size=self.batch_size, seed=self.seed,
                                  processes=self.processes, progress=self.until_stopped, **self.given_clips(),
                                  **self.sampling.changed())
         if self.processes.is_main:
-            write_clip(videos, path, self.clips.fps, scale=None)
+            write_clip(videos, self.picture(), self.clips.fps, scale=None)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
-        return path
 
     def sample_prompts(self) -> list[str] | None:
         """Captions from all over the folder; the same ones at every milestone."""

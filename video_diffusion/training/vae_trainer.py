@@ -22,7 +22,7 @@ and their difference (times 4, on grey), and `log.csv` with PSNR and SSIM on the
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
@@ -116,10 +116,6 @@ class VAETrainer(TrainingLoop):
         self.disc_optimizer = adam(critic.parameters(), self.train_lr, betas=(0.5, 0.9))      # a critic that remembers less
         self.parts |= {'discriminator': critic, 'disc_optimizer': self.disc_optimizer}
         return critic
-
-    def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
-        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
-        self.run(log_fn)
 
     # The step
 
@@ -226,15 +222,13 @@ class VAETrainer(TrainingLoop):
         return dict(zip(self.measures, total.tolist()))
 
     @torch.no_grad()
-    def sample(self, milestone: int) -> Path:
+    def sample(self) -> None:
         """Held-out clips, their reconstructions, and four times the difference, side by side in one tiled GIF."""
-        path = self.results_folder / f'{milestone}.gif'
         if self.processes.is_main:
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            write_clip(torch.cat(rows).cpu(), path, self.dataset.fps, scale=None)      # b c f h 3*w
-        return path
+            write_clip(torch.cat(rows).cpu(), self.picture(), self.dataset.fps, scale=None)      # b c f h 3*w
 
     def reconstruct(self, index: int) -> tuple[Tensor, Tensor]:
         """A held-out clip, and what is left of it after the latents: (1 c f h w) twice; while it learns images, one frame."""
