@@ -64,6 +64,7 @@ class TrainingLoop(ABC):
         self.step_start_ema, self.update_ema_every = step_start_ema, update_ema_every
         self.save_and_sample_every, self.log_every = save_and_sample_every, log_every
         self.results_folder, self.seed = Path(results_folder), seed
+        self.log_file = self.results_folder / 'log.csv'
 
         self.optimizer, self.ema = optimizer, ema
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
@@ -251,10 +252,6 @@ class TrainingLoop(ABC):
 
     def log_columns(self) -> list[str]:
         return ['step', *self.columns, 'lr', 'clips_per_second', 'seconds', *self.measures]
-
-    @property
-    def log_file(self) -> Path:
-        return self.results_folder / 'log.csv'
 
     def look_after_folder(self) -> None:
         """It may have been deleted while we train."""

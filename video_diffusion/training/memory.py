@@ -16,7 +16,6 @@ real ones does not.
 import copy
 import ctypes
 import weakref
-from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 import torch
@@ -57,20 +56,13 @@ def estimate(diffusion: nn.Module, muon: bool = False, device: torch.device = to
         twice, once = size(others), size(matrices)                       # Muon keeps one moment where Adam has two
     standing = size(diffusion.parameters()) + size(learnt) + 2 * twice + once
     shapes = without_numbers(diffusion)
-    with standing_for(device):
-        one, three = (peak(lambda: loss_of(shapes, clips).backward(), shapes) for clips in (1, 3))
-    per_clip = (three - one) // 2
-    return Need(standing, one - per_clip, per_clip)
-
-
-@contextmanager
-def standing_for(device: torch.device):
-    """Within, tensors without numbers are treated as those of the device."""
-    recompute.meta_is_cpu = device.type == 'cpu'
+    recompute.meta_is_cpu = device.type == 'cpu'                         # tensors without numbers stand for those of the device
     try:
-        yield
+        one, three = (peak(lambda: loss_of(shapes, clips).backward(), shapes) for clips in (1, 3))
     finally:
         recompute.meta_is_cpu = True
+    per_clip = (three - one) // 2
+    return Need(standing, one - per_clip, per_clip)
 
 
 def size(tensors) -> int:

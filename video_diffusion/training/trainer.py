@@ -56,8 +56,7 @@ class Trainer(TrainingLoop):
         train_batch_size: int = 32,              # clips in one forward pass of one process
         gradient_accumulate_every: int = 2,      # forward passes in one step
         train_lr: float = 1e-4, train_num_steps: int = 100000,
-        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
-        max_grad_norm: float | None = None,
+        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(), max_grad_norm: float | None = None,
         amp: bool = False,                       # bf16 or fp16 where the hardware has it
         save_and_sample_every: int = 1000, results_folder: str | Path = './results', log_every: int = 10,
         num_sample_rows: int = 4,                # samples per milestone: the square of this; how they are drawn: see Sampling

@@ -66,11 +66,9 @@ class VAETrainer(TrainingLoop):
         held_out: int = 16,                      # clips never trained on, to measure on; at most a tenth of them all
         ema_decay: float = 0.995, ema_warmup: bool = True,  # see ema.py
         train_batch_size: int = 4,               # clips in one forward pass of one process, or of those that share them
-        gradient_accumulate_every: int = 1,
-        train_lr: float = 1e-4, train_num_steps: int = 100000,
+        gradient_accumulate_every: int = 1, train_lr: float = 1e-4, train_num_steps: int = 100000,
         muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
-        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
-        max_grad_norm: float | None = None,
+        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(), max_grad_norm: float | None = None,
         amp: bool = False,                       # bf16 or fp16 where the hardware has it
         save_and_sample_every: int = 1000, results_folder: str | Path = './results_vae', log_every: int = 10, seed: int = 0,
         horizontal_flip: bool = False,
