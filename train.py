@@ -233,7 +233,7 @@ def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: di
     need, asked = estimate(diffusion, bool(args.muon_lr), processes.device), args.batch_size
     if processes.device.type == 'cuda' and 'batch_size' not in given:
         room = torch.cuda.mem_get_info(processes.device)[0]
-        while processes.any(args.batch_size > need.fitting(args.batch_size, room)):        # of all GPUs the one with least room
+        while processes.any(not need.fits(args.batch_size, room)):         # of all GPUs the one with least room decides
             args.batch_size //= 2
         if 'accumulate' not in given:
             args.accumulate = asked // args.batch_size

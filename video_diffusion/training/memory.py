@@ -36,11 +36,9 @@ class Need(NamedTuple):
     def of(self, batch: int) -> int:
         return self.standing + self.gradients + batch * self.per_clip
 
-    def fitting(self, batch: int, room: int) -> int:
-        """How many clips fit into so many bytes, with a fifth left free: the batch, a half of it, a quarter, ..."""
-        while batch > 1 and self.of(batch) > 0.8 * room:
-            batch //= 2
-        return batch
+    def fits(self, batch: int, room: int) -> bool:
+        """Whether so many bytes have room for the batch, with a fifth left free; less than one clip it cannot be."""
+        return batch <= 1 or self.of(batch) <= 0.8 * room
 
     def words(self, batch: int) -> str:
         return (f'about {self.of(batch) / 2 ** 30:.2f} GB: {self.standing / 2 ** 30:.2f} for weights, average and optimiser, '
