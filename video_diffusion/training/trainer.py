@@ -64,8 +64,7 @@ class Trainer(TrainingLoop):
         num_frames: int | None = None,           # of no effect, and not needed: clips have as many as the diffusion draws
         null_cond_prob: float = 0.1,             # drop captions this often, so that guidance has its null
         noise_bias: float = 1.,                  # above 1: more of the noisy steps, see `draw`
-        horizontal_flip: bool = False,
-        random_window: bool = False,             # of clips longer than num_frames
+        horizontal_flip: bool = False, random_window: bool = False,  # the window is one of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         strict: bool = False,                    # a damaged clip is an error, not a warning
         held_out: int = 0,                       # clips to measure on and never train on: see held_out.py
@@ -76,8 +75,7 @@ class Trainer(TrainingLoop):
         muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
-        seed: int = 0,
-        processes: Processes | None = None,      # from distributed.init(); None: this one alone
+        seed: int = 0, processes: Processes | None = None,  # from distributed.init(); None: this one alone
     ):
         check_options(diffusion, num_frames, num_sample_rows, noise_bias, null_cond_prob, images, latent_cache, compile, shard)
         self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)

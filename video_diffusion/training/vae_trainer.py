@@ -71,8 +71,7 @@ class VAETrainer(TrainingLoop):
         lr_schedule: lr_schedule.Schedule = lr_schedule.constant(), max_grad_norm: float | None = None,
         amp: bool = False,                       # bf16 or fp16 where the hardware has it
         save_and_sample_every: int = 1000, results_folder: str | Path = './results_vae', log_every: int = 10, seed: int = 0,
-        horizontal_flip: bool = False,
-        random_window: bool = False,             # of clips longer than num_frames
+        horizontal_flip: bool = False, random_window: bool = False,  # the window is one of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
