@@ -91,7 +91,7 @@ FLAGS = {
         Flag('--reconstruct', str, None, 'put this clip, or its first --frames, through a VAE, there and back', metavar='CLIP'),
     ],
 }
-SETTINGS = {field.name for field in fields(Sampling)}
+SETTINGS = {field.name for field in fields(Sampling)} | {'negative', 'later_cond_scale'}
 
 
 def main() -> None:
@@ -162,10 +162,9 @@ def draw(state: dict, args: argparse.Namespace, given: dict, processes: distribu
             raise ValueError(f'--{name.replace("_", "-")} is for videos that are drawn piece by piece: {more_frames}')
     settings = {**state.get('sampling', {}), **{name: given[name] for name in SETTINGS & given.keys()}}
     fps = state.get('fps')
-    more = dict(negative=args.negative, first_frames=read_first_frames(args, diffusion, fps), num_frames=args.frames,
-                low_res=read_low_res(args, diffusion, fps), later_cond_scale=args.later_cond_scale)
+    first_frames, low_res = read_first_frames(args, diffusion, fps), read_low_res(args, diffusion, fps)
     videos = sample_many(diffusion, in_turn(prompts, args, more_frames), number, batch_size=args.batch_size, seed=args.seed,
-                         processes=processes, **settings, **{name: value for name, value in more.items() if value is not None})
+                         processes=processes, num_frames=args.frames, first_frames=first_frames, low_res=low_res, **settings)
     if processes.is_main:
         write(videos, prompts, args, fps=args.fps or state.get('fps', 1 / 0.12))
 

@@ -48,7 +48,7 @@ from video_diffusion.training.finetune import ADAM, begin_with, caches, recipe
 from video_diffusion.training.flags import DEFAULTS, FLAGS, D, V, fill_in_defaults, refuse_idle_flags
 from video_diffusion.training.memory import estimate
 from video_diffusion.training.precision import be_deterministic
-from video_diffusion.training.script import draw_toy_world, like_the_clips, one_line_errors, parse
+from video_diffusion.training.script import draw_toy_world, one_line_errors, parse
 from video_diffusion.training.trainer import sample_many
 from video_diffusion.training.vae_trainer import start_from
 from video_diffusion.vae.frame_shares import fitting_frames
@@ -99,8 +99,10 @@ def toy_world(args: argparse.Namespace, processes: distributed.Processes) -> Pat
 
 
 def clip_size(args: argparse.Namespace, given: dict, folder: ClipFolder, multiple: int, vae=None) -> tuple[int, int, int]:
-    """Frames, height and width to train on: as the flags say, or like the clips; sides are multiples."""
-    frames, height, width = like_the_clips(folder, args.fps, args.max_frames, args.max_size, multiple)
+    """Frames, height and width to train on: as the flags say, or like the clips but not too large for a first run."""
+    frames, height, width = folder.shape(args.fps)
+    shrink = min(1., args.max_size / max(height, width))
+    height, width = (max(multiple, round(side * shrink) // multiple * multiple) for side in (height, width))
     if isinstance(args.image_size, int):
         height = width = args.image_size
     elif args.image_size is not None:
@@ -108,7 +110,7 @@ def clip_size(args: argparse.Namespace, given: dict, folder: ClipFolder, multipl
     if height % multiple or width % multiple or min(height, width) < 1:
         raise ValueError(f'--image-size {height} {width}: this model takes sides that are multiples of {multiple} '
                          f'({multiple}, {2 * multiple}, {3 * multiple}, ...)')
-    frames = frames if args.num_frames is None else args.num_frames
+    frames = min(frames, args.max_frames) if args.num_frames is None else args.num_frames
     if vae and 'num_frames' not in given:
         frames = fitting_frames(frames, vae.time_compression)
     return frames, height, width
@@ -150,8 +152,10 @@ def diffusion_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder,
         diffusion = LatentDiffusion(diffusion, vae, num_frames=frames, low_res=args.low_res)
     say_what_is_trained((frames, height, width), diffusion, processes)
     choose_batch(args, given, diffusion, processes)
-    return trainer_of(args, diffusion, folder, processes, noise_bias=(2. if captioned else 1.) if args.noise_bias is None else
-                      args.noise_bias, latent_cache=vae_folder(args.vae) / 'latents' if args.cache_latents else None)
+    if args.noise_bias is None:
+        args.noise_bias = 2. if captioned else 1.
+    places = caches(args.vae, diffusion, clips_change=False) if args.cache_latents else {}
+    return trainer_of(args, diffusion, folder, processes, **places)
 
 
 def schedule_shift(args: argparse.Namespace, size: tuple[int, int, int], captioned: bool) -> float:
@@ -183,8 +187,8 @@ def trainer_of(args: argparse.Namespace, diffusion, folder: ClipFolder, processe
     return Trainer(
         diffusion, folder, train_batch_size=args.batch_size, gradient_accumulate_every=args.accumulate,
         train_num_steps=args.steps, train_lr=args.lr, lr_schedule=lr_schedule.warmup_cosine(args.steps, args.warmup),
-        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, muon_lr=args.muon_lr or None,
-        ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
+        max_grad_norm=args.max_grad_norm, amp=args.amp, null_cond_prob=args.null_cond_prob, noise_bias=args.noise_bias,
+        muon_lr=args.muon_lr or None, ema_decay=args.ema_decay, ema_warmup=True, step_start_ema=0, update_ema_every=1,
         horizontal_flip=args.flip, random_window=args.random_window, strict=args.strict, images=args.images,
         fps=args.fps, clips_per_video=args.clips_per_video, held_out=args.held_out,
         save_and_sample_every=args.sample_every, num_sample_rows=args.sample_rows, results_folder=args.results,
@@ -210,8 +214,8 @@ def fine_tuner(args: argparse.Namespace, given: dict, folder: ClipFolder, proces
     args.amp = args.amp or pretrained and args.lora is None and processes.device.type != 'cpu'
     begin_with(diffusion, processes.device, args.lora, args.lora_alpha, args.checkpoint_activations or pretrained)
     say_what_is_trained((diffusion.num_frames, diffusion.height, diffusion.width), diffusion, processes)
-    return trainer_of(args, diffusion, folder, processes, noise_bias=args.noise_bias, **(ADAM if pretrained else {}),
-                      **caches(args.model, diffusion, clips_change=args.flip or args.random_window))
+    places = caches(args.model, diffusion, clips_change=args.flip or args.random_window)
+    return trainer_of(args, diffusion, folder, processes, **places, **(ADAM if pretrained else {}))
 
 
 def new_network(args: argparse.Namespace, channels: int, encoder: WordEncoder | None, captions: list[str], **how) -> Unet3D | DiT:
@@ -229,16 +233,12 @@ def choose_batch(args: argparse.Namespace, given: dict, diffusion, processes: di
     need, asked = estimate(diffusion, bool(args.muon_lr), processes.device), args.batch_size
     if processes.device.type == 'cuda' and 'batch_size' not in given:
         room = torch.cuda.mem_get_info(processes.device)[0]
-        while processes.any(args.batch_size > need.fitting(args.batch_size, room)):        # of all GPUs the one with least room
+        while processes.any(not need.fits(args.batch_size, room)):         # of all GPUs the one with least room decides
             args.batch_size //= 2
         if 'accumulate' not in given:
             args.accumulate = asked // args.batch_size
     if processes.is_main:
         print(need.words(args.batch_size))
-
-
-def vae_folder(path: str) -> Path:
-    return Path(path) if Path(path).is_dir() else Path(path).parent
 
 
 def vae_trainer(args: argparse.Namespace, given: dict, folder: ClipFolder, processes: distributed.Processes) -> VAETrainer:

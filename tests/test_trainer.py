@@ -496,15 +496,11 @@ def test_learning_rate_schedules_at_their_corners():
     assert factor(60) == pytest.approx(0.6)
     assert factor(110) == factor(500) == pytest.approx(0.2)
     assert all(factor(s) < factor(s + 1) for s in range(9)) and all(factor(s) > factor(s + 1) for s in range(10, 109))
-    factor = lr_schedule.warmup_linear(total=110, warmup=10, final=0.2)
-    assert factor(0) == pytest.approx(1 / 11)
-    assert [factor(step) for step in (10, 35, 60, 110, 500)] == pytest.approx([1, 0.8, 0.6, 0.2, 0.2])
 
 
 def test_schedules_of_nothing_are_named():
-    for make in (lr_schedule.warmup_cosine, lr_schedule.warmup_linear):
-        with pytest.raises(ValueError, match='warmup=-1: give a whole number, 0 or more'):
-            make(10, -1)
+    with pytest.raises(ValueError, match='warmup=-1: give a whole number, 0 or more'):
+        lr_schedule.warmup_cosine(10, -1)
     with pytest.raises(ValueError, match='warmup=-1: give'):
         lr_schedule.constant(-1)
 

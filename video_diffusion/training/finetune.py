@@ -65,8 +65,8 @@ def begin_with(diffusion: GaussianDiffusion | LatentDiffusion, device: torch.dev
 
 
 def caches(place: str | Path, diffusion: GaussianDiffusion | LatentDiffusion, clips_change: bool) -> dict:
-    """Where in the model's folder a Trainer keeps what the frozen parts say of clips and captions. Clips that are flipped, or
-    cut anew each time, are encoded in every step."""
+    """Where in the folder of the model, or of its VAE, a Trainer keeps what the frozen parts say of clips and captions. Clips that
+    are flipped, or cut anew each time, are encoded in every step."""
     place = Path(place) if Path(place).is_dir() else Path(place).parent
     clips = isinstance(diffusion, LatentDiffusion) and not clips_change
     captions = isinstance(diffusion.text_encoder, BertEncoder)

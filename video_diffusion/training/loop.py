@@ -42,27 +42,11 @@ class TrainingLoop(ABC):
     columns: tuple[str, ...] = ('loss',)     # what `learn` returns, for the log
     measures: tuple[str, ...] = ()           # what `measure` returns, for the log
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dataset: GifDataset,
-        *,
-        optimizer: torch.optim.Optimizer,
-        ema: EMA,
-        batch_size: int,                     # clips in one forward pass
-        accumulate: int,                     # forward passes in one step
-        num_steps: int,
-        lr: float,
-        lr_schedule: lr_schedule.Schedule,
-        max_grad_norm: float | None,
-        amp: bool,
-        step_start_ema: int,                 # before this step the average just follows the weights
-        update_ema_every: int,
-        save_and_sample_every: int,
-        log_every: int,
-        results_folder: str | Path,
-        seed: int,
-        processes: Processes,
+    def __init__(                            # what these mean: see Trainer
+        self, model: nn.Module, dataset: GifDataset, *, optimizer: torch.optim.Optimizer, ema: EMA, batch_size: int,
+        accumulate: int, num_steps: int, lr: float, lr_schedule: lr_schedule.Schedule, max_grad_norm: float | None, amp: bool,
+        step_start_ema: int, update_ema_every: int, save_and_sample_every: int, log_every: int, results_folder: str | Path,
+        seed: int, processes: Processes,
     ):
         for name, value in dict(train_batch_size=batch_size, gradient_accumulate_every=accumulate, log_every=log_every,
                                 update_ema_every=update_ema_every, save_and_sample_every=save_and_sample_every,
@@ -80,6 +64,7 @@ class TrainingLoop(ABC):
         self.step_start_ema, self.update_ema_every = step_start_ema, update_ema_every
         self.save_and_sample_every, self.log_every = save_and_sample_every, log_every
         self.results_folder, self.seed = Path(results_folder), seed
+        self.log_file = self.results_folder / 'log.csv'
 
         self.optimizer, self.ema = optimizer, ema
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
@@ -106,8 +91,8 @@ class TrainingLoop(ABC):
         return config == self.config()
 
     @abstractmethod
-    def sample(self, milestone: int) -> Path:
-        """Draws what the model can do now."""
+    def sample(self) -> None:
+        """Draws what the model can do now, as `picture()`."""
 
     def measure(self) -> dict[str, float]:
         """The values of `measures`, at a milestone."""
@@ -119,7 +104,7 @@ class TrainingLoop(ABC):
 
     # The loop
 
-    def run(self, log_fn: Callable[[dict], object]) -> None:
+    def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
         """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
         with lost_others(), hold(self.results_folder, self.processes) as self.lock, self.stop:
             self.processes.agree({'clips': clip_list(self.dataset), 'step': self.step})
@@ -170,7 +155,7 @@ class TrainingLoop(ABC):
     def draw_milestone(self) -> bool:
         """Its samples, or False: a stop was requested, and they are drawn when the run goes on."""
         try:
-            self.sample(self.milestone())
+            self.sample()
         except Stopped:
             return False
         self.processes.wait()                # the main one may be writing still
@@ -203,13 +188,12 @@ class TrainingLoop(ABC):
 
     def train_step(self, data) -> None:
         learning_rate = self.train_lr * self.lr_schedule(self.step)
-        optimizers = self.optimizers()
         total = torch.zeros(len(self.columns), device=self.device)
         for i in range(self.accumulate):
             number, batch = self.step * self.accumulate + i, next(data)
             with self.own_randomness(number):
                 total += self.learn(batch, number, is_last=i == self.accumulate - 1)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers():
             for group in optimizer.param_groups:
                 group['lr'] = learning_rate
             if self.max_grad_norm is not None:
@@ -268,10 +252,6 @@ class TrainingLoop(ABC):
 
     def log_columns(self) -> list[str]:
         return ['step', *self.columns, 'lr', 'clips_per_second', 'seconds', *self.measures]
-
-    @property
-    def log_file(self) -> Path:
-        return self.results_folder / 'log.csv'
 
     def look_after_folder(self) -> None:
         """It may have been deleted while we train."""

@@ -21,21 +21,11 @@ def constant(warmup: int = 0) -> Schedule:
 
 def warmup_cosine(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
     """Rises over `warmup` steps, then falls along half a cosine, to `final` at step `total`."""
-    whole('warmup', warmup, 0)
+    rise = constant(warmup)
 
     def factor(step):
         progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
-        return constant(warmup)(step) * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
-    return factor
-
-
-def warmup_linear(total: int, warmup: int = 0, final: float = 0.) -> Schedule:
-    """Rises over `warmup` steps, then falls in a straight line, to `final` at step `total`."""
-    whole('warmup', warmup, 0)
-
-    def factor(step):
-        progress = min(1., max(0., (step - warmup) / max(1, total - warmup)))
-        return constant(warmup)(step) * (1 - (1 - final) * progress)
+        return rise(step) * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
     return factor
 
 

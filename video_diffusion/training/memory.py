@@ -16,7 +16,6 @@ real ones does not.
 import copy
 import ctypes
 import weakref
-from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 import torch
@@ -37,11 +36,9 @@ class Need(NamedTuple):
     def of(self, batch: int) -> int:
         return self.standing + self.gradients + batch * self.per_clip
 
-    def fitting(self, batch: int, room: int) -> int:
-        """How many clips fit into so many bytes, with a fifth left free: the batch, a half of it, a quarter, ..."""
-        while batch > 1 and self.of(batch) > 0.8 * room:
-            batch //= 2
-        return batch
+    def fits(self, batch: int, room: int) -> bool:
+        """Whether so many bytes have room for the batch, with a fifth left free; less than one clip it cannot be."""
+        return batch <= 1 or self.of(batch) <= 0.8 * room
 
     def words(self, batch: int) -> str:
         return (f'about {self.of(batch) / 2 ** 30:.2f} GB: {self.standing / 2 ** 30:.2f} for weights, average and optimiser, '
@@ -57,20 +54,13 @@ def estimate(diffusion: nn.Module, muon: bool = False, device: torch.device = to
         twice, once = size(others), size(matrices)                       # Muon keeps one moment where Adam has two
     standing = size(diffusion.parameters()) + size(learnt) + 2 * twice + once
     shapes = without_numbers(diffusion)
-    with standing_for(device):
-        one, three = (peak(lambda: loss_of(shapes, clips).backward(), shapes) for clips in (1, 3))
-    per_clip = (three - one) // 2
-    return Need(standing, one - per_clip, per_clip)
-
-
-@contextmanager
-def standing_for(device: torch.device):
-    """Within, tensors without numbers are treated as those of the device."""
-    recompute.meta_is_cpu = device.type == 'cpu'
+    recompute.meta_is_cpu = device.type == 'cpu'                         # tensors without numbers stand for those of the device
     try:
-        yield
+        one, three = (peak(lambda: loss_of(shapes, clips).backward(), shapes) for clips in (1, 3))
     finally:
         recompute.meta_is_cpu = True
+    per_clip = (three - one) // 2
+    return Need(standing, one - per_clip, per_clip)
 
 
 def size(tensors) -> int:

@@ -1,4 +1,4 @@
-"""What train.py and sample.py share: a table of flags that is also their help, errors in one line, clips to train on."""
+"""What train.py and sample.py share: a table of flags that is also their help, errors in one line; and the toy world."""
 
 import argparse
 import os
@@ -131,11 +131,3 @@ def draw_toy_world(folder: Path, count: int, size: int, frames: tuple[int, ...],
         raise ValueError(f'{folder} holds {there[0]} clips of {there[1]} frames of {there[2]}x{there[3]}, not the toy '
                          f'world asked for ({count} clips of {typical} frames of {size}x{size}): remove it first')
     return folder
-
-
-def like_the_clips(clips: ClipFolder, fps: float | None, most_frames: int, largest: int, multiple: int) -> tuple[int, int, int]:
-    """Frames, height and width like those of the clips, but not too large for a first run; sides are multiples."""
-    frames, height, width = clips.shape(fps)
-    shrink = min(1., largest / max(height, width))
-    height, width = (max(multiple, round(side * shrink) // multiple * multiple) for side in (height, width))
-    return min(frames, most_frames), height, width

@@ -56,8 +56,7 @@ class Trainer(TrainingLoop):
         train_batch_size: int = 32,              # clips in one forward pass of one process
         gradient_accumulate_every: int = 2,      # forward passes in one step
         train_lr: float = 1e-4, train_num_steps: int = 100000,
-        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
-        max_grad_norm: float | None = None,
+        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(), max_grad_norm: float | None = None,
         amp: bool = False,                       # bf16 or fp16 where the hardware has it
         save_and_sample_every: int = 1000, results_folder: str | Path = './results', log_every: int = 10,
         num_sample_rows: int = 4,                # samples per milestone: the square of this; how they are drawn: see Sampling
@@ -65,8 +64,7 @@ class Trainer(TrainingLoop):
         num_frames: int | None = None,           # of no effect, and not needed: clips have as many as the diffusion draws
         null_cond_prob: float = 0.1,             # drop captions this often, so that guidance has its null
         noise_bias: float = 1.,                  # above 1: more of the noisy steps, see `draw`
-        horizontal_flip: bool = False,
-        random_window: bool = False,             # of clips longer than num_frames
+        horizontal_flip: bool = False, random_window: bool = False,  # the window is one of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
         strict: bool = False,                    # a damaged clip is an error, not a warning
         held_out: int = 0,                       # clips to measure on and never train on: see held_out.py
@@ -77,8 +75,7 @@ class Trainer(TrainingLoop):
         muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
         compile: bool = False,                   # let torch.compile fuse the network: slow first steps, fast later ones
         shard: bool = False,                     # each process keeps a share of the weights, not all of them: see shard.py
-        seed: int = 0,
-        processes: Processes | None = None,      # from distributed.init(); None: this one alone
+        seed: int = 0, processes: Processes | None = None,  # from distributed.init(); None: this one alone
     ):
         check_options(diffusion, num_frames, num_sample_rows, noise_bias, null_cond_prob, images, latent_cache, compile, shard)
         self.diffusion, self.use_captions = diffusion, getattr(diffusion.denoise_fn, 'has_cond', False)
@@ -167,7 +164,7 @@ class Trainer(TrainingLoop):
         self.focus_present_mask = None if focus_present_mask is None else focus_present_mask.to(self.device)
         if hasattr(self.diffusion, 'measure_scale'):  # of latents; the same clips, and so the same scale, in every process
             self.diffusion.measure_scale(self.dataset)
-        self.run(log_fn)
+        super().train(log_fn)
 
     def learn(self, batch, number: int, is_last: bool) -> Tensor:
         videos, captions = batch if self.dataset.captions else (batch, None)
@@ -224,19 +221,17 @@ class Trainer(TrainingLoop):
 
     # Samples
 
-    def sample(self, milestone: int) -> Path:
+    def sample(self) -> None:
         """Samples of the averaged model as one tiled GIF."""
-        path = self.results_folder / f'{milestone}.gif'
         prompts = self.sample_prompts()
         with self.ema.average_parameters():
             videos = sample_many(self.diffusion, self.told(prompts), self.num_samples, batch_size=self.batch_size, seed=self.seed,
                                  processes=self.processes, progress=self.until_stopped, **self.given_clips(),
                                  **self.sampling.changed())
         if self.processes.is_main:
-            write_clip(videos, path, self.clips.fps, scale=None)
+            write_clip(videos, self.picture(), self.clips.fps, scale=None)
             if prompts:
                 (self.results_folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
-        return path
 
     def sample_prompts(self) -> list[str] | None:
         """Captions from all over the folder; the same ones at every milestone."""

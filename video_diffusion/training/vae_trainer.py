@@ -22,7 +22,7 @@ and their difference (times 4, on grey), and `log.csv` with PSNR and SSIM on the
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Sequence
 
 import torch
 import torch.distributed as dist
@@ -54,72 +54,59 @@ class VAETrainer(TrainingLoop):
         vae: nn.Module,
         folder: str | Path | ClipFolder,
         *,
-        image_size: int | tuple[int, int],
-        num_frames: int,
+        image_size: int | tuple[int, int], num_frames: int,
         loss: str = 'l1',                        # or 'l2'
-        learn_logvar: bool = False,
-        kl_weight: float = 1e-6,
-        perceptual: PerceptualLoss | None = None,
-        perceptual_weight: float = 1.,
+        learn_logvar: bool = False, kl_weight: float = 1e-6,
+        perceptual: PerceptualLoss | None = None, perceptual_weight: float = 1.,
         disc_start: int | None = None,           # the step from which a discriminator has a say; None: never
         disc_weight: float = 0.5,                # of its adapted weight
         image_share: float = 0.,                 # of the batches: one frame of each clip, as an image
         image_steps: int = 0,                    # and before that this many steps of nothing else, see `begin_with_clips`
         only_train_decoder: bool = False,
         held_out: int = 16,                      # clips never trained on, to measure on; at most a tenth of them all
-        ema_decay: float = 0.995,
-        ema_warmup: bool = True,                 # see ema.py
+        ema_decay: float = 0.995, ema_warmup: bool = True,  # see ema.py
         train_batch_size: int = 4,               # clips in one forward pass of one process, or of those that share them
-        train_lr: float = 1e-4,
+        gradient_accumulate_every: int = 1, train_lr: float = 1e-4, train_num_steps: int = 100000,
         muon_lr: float | None = None,            # train matrices by Muon, at this rate, and only the rest by Adam: see muon.py
-        train_num_steps: int = 100000,
-        gradient_accumulate_every: int = 1,
+        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(), max_grad_norm: float | None = None,
         amp: bool = False,                       # bf16 or fp16 where the hardware has it
-        save_and_sample_every: int = 1000,
-        results_folder: str | Path = './results_vae',
-        max_grad_norm: float | None = None,
-        lr_schedule: lr_schedule.Schedule = lr_schedule.constant(),
-        horizontal_flip: bool = False,
-        random_window: bool = False,             # of clips longer than num_frames
+        save_and_sample_every: int = 1000, results_folder: str | Path = './results_vae', log_every: int = 10, seed: int = 0,
+        horizontal_flip: bool = False, random_window: bool = False,  # the window is one of clips longer than num_frames
         fps: float | None = None, clips_per_video: int = 1,  # see GifDataset
-        log_every: int = 10, seed: int = 0,
         strict: bool = False,                    # a damaged clip is an error, not a warning
         processes: Processes | None = None,      # from distributed.init(); None: this one alone
     ):
         given, processes = locals(), processes or Processes(device=best_device())
         processes.agree(settings_of(given, vae_config(vae)))
         refuse_bad_settings(kl_weight, disc_start, disc_weight, image_share, image_steps, held_out, train_num_steps)
-        dataset, self.held_out = clips_to_train_and_measure_on(
-            folder, held_out, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
-            random_window=random_window, fps=fps, clips_per_video=clips_per_video, seed=seed, strict=strict)
+        clips = GifDataset(folder, image_size, vae.config['in_channels'], num_frames, horizontal_flip=horizontal_flip,
+                           random_window=random_window, fps=fps, clips_per_video=clips_per_video, seed=seed, strict=strict)
+        clips.warn_of_short_clips()
+        if min(clips.size) < 11:
+            raise ValueError(f'image_size={image_size}: SSIM is measured in windows of 11 pixels, so give 11 or more')
+        self.held_out = clips.hold_out(min(held_out, max(1, len(clips) // 10)))
         check_frames(num_frames, vae.time_compression)                  # now, and not in a clip
         if processes.is_main:
-            print(f'{len(dataset)} clips in {folder} to train on, {len(self.held_out)} held out')
+            print(f'{len(clips)} clips in {folder} to train on, {len(self.held_out)} held out')
         self.vae = vae.to(processes.device).train().requires_grad_(True)        # a LatentDiffusion may have frozen it
         vae.encoder.requires_grad_(not only_train_decoder)
         self.loss = VAELoss(loss, learn_logvar, perceptual, perceptual_weight).to(processes.device)
         self.kl_weight, self.image_share, self.image_steps = kl_weight, image_share, image_steps
         processes.begin_alike(vae)
         super().__init__(
-            vae, dataset, optimizer=muon_or_adam(nn.ModuleList([vae, self.loss]), train_lr, muon_lr, betas=(0.9, 0.99)),
+            vae, clips, optimizer=muon_or_adam(nn.ModuleList([vae, self.loss]), train_lr, muon_lr, betas=(0.9, 0.99)),
             ema=EMA(vae, ema_decay, warmup=ema_warmup), batch_size=train_batch_size, accumulate=gradient_accumulate_every,
             num_steps=train_num_steps, lr=train_lr, lr_schedule=lr_schedule, max_grad_norm=max_grad_norm, amp=amp,
             step_start_ema=0, update_ema_every=1, save_and_sample_every=save_and_sample_every, log_every=log_every,
             results_folder=results_folder, seed=seed, processes=processes)
         self.parts['loss'], self.disc_start, self.disc_weight = self.loss, disc_start, disc_weight
-        self.discriminator = None if disc_start is None else self.begin_critic()
+        self.discriminator = None
+        if disc_start is not None:
+            self.discriminator = Discriminator(vae.config['out_channels']).to(self.device)
+            processes.begin_alike(self.discriminator)
+            self.disc_optimizer = adam(self.discriminator.parameters(), train_lr, betas=(0.5, 0.9))  # a critic that remembers less
+            self.parts |= {'discriminator': self.discriminator, 'disc_optimizer': self.disc_optimizer}
         self.share_clips(True)
-
-    def begin_critic(self) -> Discriminator:
-        critic = Discriminator(self.vae.config['out_channels']).to(self.device)
-        self.processes.begin_alike(critic)
-        self.disc_optimizer = adam(critic.parameters(), self.train_lr, betas=(0.5, 0.9))      # a critic that remembers less
-        self.parts |= {'discriminator': critic, 'disc_optimizer': self.disc_optimizer}
-        return critic
-
-    def train(self, log_fn: Callable[[dict], object] = lambda log: None) -> None:
-        """Train until step `train_num_steps`, or until SIGINT, SIGTERM or SIGHUP; save in either case."""
-        self.run(log_fn)
 
     # The step
 
@@ -226,15 +213,13 @@ class VAETrainer(TrainingLoop):
         return dict(zip(self.measures, total.tolist()))
 
     @torch.no_grad()
-    def sample(self, milestone: int) -> Path:
+    def sample(self) -> None:
         """Held-out clips, their reconstructions, and four times the difference, side by side in one tiled GIF."""
-        path = self.results_folder / f'{milestone}.gif'
         if self.processes.is_main:
             with self.averaged():
                 pairs = [self.reconstruct(i) for i in range(min(6, len(self.held_out)))]
             rows = [torch.cat([video, again, 0.5 + 4 * (again - video)], dim=-1) for video, again in pairs]
-            write_clip(torch.cat(rows).cpu(), path, self.dataset.fps, scale=None)      # b c f h 3*w
-        return path
+            write_clip(torch.cat(rows).cpu(), self.picture(), self.dataset.fps, scale=None)      # b c f h 3*w
 
     def reconstruct(self, index: int) -> tuple[Tensor, Tensor]:
         """A held-out clip, and what is left of it after the latents: (1 c f h w) twice; while it learns images, one frame."""
@@ -294,16 +279,6 @@ def refuse_bad_settings(kl_weight: float, disc_start: int | None, disc_weight: f
     if image_steps >= train_num_steps > 0:
         raise ValueError(f'image_steps={image_steps} of {train_num_steps} steps: clips would never be seen; give fewer, or '
                          'image_share=1 to train on images alone')
-
-
-def clips_to_train_and_measure_on(folder: str | Path, held_out: int, image_size: int | tuple[int, int], channels: int,
-                                  num_frames: int, **reading) -> tuple[GifDataset, GifDataset]:
-    """The clips of a folder, and `held_out` of them, at most a tenth, that are never trained on. `reading`: see GifDataset."""
-    clips = GifDataset(folder, image_size, channels, num_frames, **reading)
-    clips.warn_of_short_clips()
-    if min(clips.size) < 11:
-        raise ValueError(f'image_size={image_size}: SSIM is measured in windows of 11 pixels, so give 11 or more')
-    return clips, clips.hold_out(min(held_out, max(1, len(clips) // 10)))
 
 
 def start_from(vae: nn.Module, weights: dict[str, Tensor], ignore: Sequence[str] = ()) -> None:
