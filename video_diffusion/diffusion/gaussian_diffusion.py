@@ -207,21 +207,11 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         self.check(noise)
         return noise
 
-    def sample_long(
-        self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
-        *,
-        overlap: int | None = None,                   # frames that a window shares with the one before; None: 3 in 4
-        later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
-        first_frames: Tensor | None = None,
-        negative: Tensor | Sequence[str] | None = None,
-        seed: int | None = None,
-        progress: bool = True,
-        **settings,                                   # as in sample
-    ) -> Tensor:
-        """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
-        return long_videos.window_by_window(
-            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap, later_cond_scale,
-            lengths=range(1, self.num_frames), first_frames=first_frames, seed=seed, progress=progress)
+    sample_long = long_videos.sample_long             # window after window
+
+    def whole_lengths(self) -> Sequence[int]:
+        """How many first frames of a video may be known."""
+        return range(1, self.num_frames)
 
     @torch.no_grad()
     def ddim_invert(

@@ -46,7 +46,6 @@ from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames, long_videos
 from .gaussian_diffusion import GaussianDiffusion
 from .latent_cache import Encoded, fingerprint
-from .sampling import Sampling
 
 CLIPS_TO_MEASURE = 64
 SETTINGS = 'num_frames', 'max_batch', 'chunk', 'low_res', 'image_scale'
@@ -244,17 +243,7 @@ class LatentDiffusion(nn.Module):
         x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **settings)
         return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
 
-    def sample_long(
-        self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
-        *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
-        negative: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True, **settings,
-    ) -> Tensor:
-        """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: three in four, about)."""
-        if self.low_res:
-            raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
-        return long_videos.window_by_window(
-            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap, later_cond_scale,
-            lengths=self.whole_lengths(), first_frames=first_frames, seed=seed, progress=progress)
+    sample_long = long_videos.sample_long             # windows overlap by frames that are whole latent frames
 
     def ddim_invert(self, video: Tensor, cond: Tensor | Sequence[str] | None = None, **how) -> Tensor:
         """As GaussianDiffusion.ddim_invert: the noise (b c f h w) of the latents of a video."""

@@ -12,7 +12,7 @@ A setting that makes no sense is refused before anything is drawn, or trained.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -86,13 +86,6 @@ class Sampling:
         if not by_level and (self.known_noise or self.history_scale != 1):
             raise ValueError("known_noise and history_scale say how frames are known by their level: give known frames to a model "
                              "with frame_noise='independent', and leave known_by out")
-
-    def later(self, cond_scale: float | None) -> 'Sampling':
-        """For the windows of a long video after the first. Scales 0 and 1 are without guidance, and without its refinements."""
-        if cond_scale is None:
-            return self
-        unled = dict(guidance_rescale=0., dynamic_guidance=None, wave_guidance=False) if cond_scale in (0, 1) else {}
-        return replace(self, **unled, cond_scale=cond_scale)
 
     def scale_at(self, t: int, timesteps: int, steps: int) -> float:
         """The scale at step t of so many timesteps, of which the sampler takes so many steps."""
