@@ -28,7 +28,7 @@ from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
 from .noise_schedule import build_schedule
 from .objective import LOSSES, check_loss, check_objective, check_parts, min_snr_weight, target, to_x0
-from .sampling import Request, Sampling, draw
+from .sampling import Sampling, draw
 
 
 class GaussianDiffusion(DDPMTerms, nn.Module):
@@ -182,30 +182,27 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """Videos (b c f h w) in [0, 1], drawn from noise; with `return_all` the whole way to them (steps + 1, b c f h w)."""
         settings = Sampling(cond_scale=cond_scale, **settings)
-        known_frames.check_given(first_frames, known, known_mask)
-        if first_frames is not None:
-            known, known_mask = known_frames.beginning(first_frames, self.num_frames)
+        known, known_mask = known_frames.given(first_frames, known, known_mask, self.num_frames)
         settings.check(self.num_timesteps, has_cond=cond is not None, negative=negative is not None, has_known=known is not None,
                        frame_noise=self.frame_noise)
         cond = self.embed(cond)
         generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
-        noise = self.first_noise(noise, batch_size if cond is None else len(cond), generator)
-        if cond is not None and len(noise) != len(cond):
-            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
-        request = Request(cond, guidance.for_batch(self.embed(negative), cond), way=[] if return_all else None)
-        if known is not None:
-            self.check(known)
-            request.known, request.known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
-        x = draw(self, noise, request, settings, generator=generator, progress=progress)
-        return self.to_user(torch.stack([*request.way, x]) if return_all else x)
-
-    def first_noise(self, noise: Tensor | None, batch_size: int, generator: torch.Generator | None) -> Tensor:
+        batch_size = batch_size if cond is None else len(cond)
         whole('batch_size', batch_size, 1)
         if noise is None:
             shape = batch_size, self.channels, self.num_frames, self.height, self.width
-            return torch.randn(shape, generator=generator, device=self.alpha.device)
+            noise = torch.randn(shape, generator=generator, device=self.alpha.device)
         self.check(noise)
-        return noise
+        if cond is not None and len(noise) != len(cond):
+            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
+        negative = guidance.for_batch(self.embed(negative), cond)
+        if known is not None:
+            self.check(known)
+            known, known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
+        way = [] if return_all else None
+        x = draw(self, noise, settings, cond=cond, negative=negative, known=known, mask=known_mask, way=way, generator=generator,
+                 progress=progress)
+        return self.to_user(torch.stack([*way, x]) if return_all else x)
 
     sample_long = long_videos.sample_long             # window after window
 

@@ -25,7 +25,7 @@ def guide(with_cond: Tensor, without: Tensor, scale: float, rescale: float = 0.)
     guided = without + (with_cond - without) * scale
     if rescale == 0:
         return guided
-    ratio = deviation(with_cond) / deviation(guided)
+    ratio = with_cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)      # b 1 1 1 1
     return guided * (rescale * ratio + 1 - rescale)
 
 
@@ -54,11 +54,6 @@ def for_batch(negative: Tensor | None, cond: Tensor | None) -> Tensor | None:
     if len(negative) not in (1, len(cond)):
         raise ValueError(f'negative for {len(negative)} videos and cond for {len(cond)}: give one, or as many')
     return negative.expand(len(cond), *negative.shape[1:])
-
-
-def deviation(x: Tensor) -> Tensor:
-    """Standard deviation of each sample: (b 1 1 1 1)."""
-    return x.std(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def dynamic_scale(scale: float, progress: float, exponent: float) -> float:

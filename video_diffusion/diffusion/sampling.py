@@ -100,23 +100,16 @@ class Sampling:
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
 
-@dataclass
-class Request:
-    """What a video is to follow, as the network sees it: for a batch, on its device."""
-    cond: Tensor | None = None                    # b cond_dim
-    negative: Tensor | None = None                # b cond_dim: guide away from this
-    known: Tensor | None = None                   # b c f h w in [-1, 1], of which the
-    known_mask: Tensor | None = None              # b f bool are known
-    way: list[Tensor] | None = None               # collects what the sampler goes through, if somebody asks
-
-
-def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: samplers.Progress) -> Tensor:
+def draw(
+    diffusion, noise: Tensor, settings: Sampling,
+    *,
+    cond: Tensor | None, negative: Tensor | None,     # (b cond_dim): follow the one, and away from the other
+    known: Tensor | None, mask: Tensor | None,        # (b c f h w) in [-1, 1], of which the (b f) bool are known
+    way: list[Tensor] | None,                         # collects what the sampler goes through, if somebody asks
+    generator: torch.Generator | None, progress: samplers.Progress,
+) -> Tensor:
     """Noise (b c f h w) -> a clean video in [-1, 1], by a GaussianDiffusion."""
-    known, mask = request.known, request.known_mask
-    known_by = None
-    if known is not None:
-        known_by = settings.known_by or known_frames.best_way(diffusion)
-    cond, negative = request.cond, request.negative
+    known_by = None if known is None else settings.known_by or known_frames.best_way(diffusion)
     if known_by == 'guide':              # its gradients need tensors that a caller's inference mode has not made
         noise, known, mask, cond, negative = (x if x is None else x.clone() for x in (noise, known, mask, cond, negative))
     steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
@@ -136,8 +129,8 @@ def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, gene
         steps, noise = known_frames.at_level(steps, noise, known, mask, level, diffusion.alpha_bar)
     elif known is not None and not (diffusion.latents and known_by == 'network'):   # of latents it is told only about right
         denoise = known_frames.replaced(denoise, known, mask)
-    if request.way is not None:
-        denoise = samplers.recorded(denoise, request.way)
+    if way is not None:
+        denoise = samplers.recorded(denoise, way)
     sampler = partial(samplers.ddim, eta=settings.eta) if settings.eta else samplers.SAMPLERS[settings.sampler]
     x = sampler(denoise, noise, diffusion.alpha_bar, steps, generator=generator, progress=progress)
     return torch.where(mask[:, None, :, None, None], known, x) if known_by == 'level' else x
