@@ -26,6 +26,7 @@ from ..networks import network_config, network_from_config, same_network
 from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
+from .guidance import Cond
 from .noise_schedule import build_schedule
 from .objective import LOSSES, check_loss, check_objective, check_parts, min_snr_weight, target, to_x0
 from .sampling import Sampling, draw
@@ -59,8 +60,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         instance('denoise_fn', denoise_fn, nn.Module)
         whole('num_frames', num_frames, 1)
         whole('channels', channels, 1)
-        for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():
-            number(name, value, 0, 1)
+        number('dynamic_thres_percentile', dynamic_thres_percentile, 0, 1)
+        number('prob_cond_frames', prob_cond_frames, 0, 1)
         number('offset_noise', offset_noise, 0)
         one_of('frame_noise', frame_noise, ('shared', 'independent'))
         check_parts(denoise_fn, text_encoder, text_use_bert_cls, prob_cond_frames, frame_noise)
@@ -93,7 +94,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     def forward(
         self,
         video: Tensor,                                # (b c f h w) in [0, 1]
-        cond: Tensor | Sequence[str] | None = None,   # (b cond_dim), or a caption for each video
+        cond: Cond = None,                            # (b cond_dim), or a caption for each video
         noise: Tensor | None = None,                  # from draw_noise; None draws it here
         t: Tensor | None = None,                      # from draw_steps, (b) or (b f), likewise
         *,
@@ -116,10 +117,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             told = dict(known=x0 if known is None else self.to_network(known), known_mask=known_mask)
         return self.p_losses(x0, t, cond, noise, reduction=reduction, own_steps=own_steps, **network, **told)
 
-    def p_losses(
-        self, x_start: Tensor, t: Tensor, cond: Tensor | Sequence[str] | None = None, noise: Tensor | None = None,
-        *, reduction: str = 'mean', own_steps: list[int | None] | None = None, **network,
-    ) -> Tensor:
+    def p_losses(self, x_start: Tensor, t: Tensor, cond: Cond = None, noise: Tensor | None = None, *, reduction: str = 'mean',
+                 own_steps: list[int | None] | None = None, **network) -> Tensor:
         """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
         check_loss(x_start, noise, reduction, network.get('null_cond_prob'))
         noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
@@ -166,14 +165,13 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        cond: Tensor | Sequence[str] | None = None,
+        cond: Cond = None,
         cond_scale: float = 1.,                       # guidance: 1 follows cond as trained, more exaggerates it
         batch_size: int = 16,                         # only where cond does not say
         *,
-        seed: int | None = None,
-        progress: samplers.Progress = True,
+        seed: int | None = None, progress: samplers.Progress = True,
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
-        negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
+        negative: Cond = None,                        # guide away from this (one, or one per video), not from no cond
         return_all: bool = False,
         first_frames: Tensor | None = None,           # (b c k h w): how the videos begin; one is enough for all. Or:
         known: Tensor | None = None,                  # (b c f h w): videos of which some frames are known,
@@ -211,22 +209,18 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         return range(1, self.num_frames)
 
     @torch.no_grad()
-    def ddim_invert(
-        self, video: Tensor, cond: Tensor | Sequence[str] | None = None,
-        *, steps: int | None = None, spacing: str = 'trailing', progress: bool = True,
-    ) -> Tensor:
+    def ddim_invert(self, video: Tensor, cond: Cond = None, *, steps: int | None = None, spacing: str = 'trailing',
+                    progress: bool = True) -> Tensor:
         """The noise (b c f h w) that `sample(cond, noise=noise, sampler='ddim', steps=steps)` turns back into about this
         video: the more steps, the closer. Sample it with another cond to edit the video."""
         self.check(video)
         steps = samplers.spaced_steps(self.num_timesteps, steps, spacing)
-        return samplers.ddim_invert(
-            self.denoiser(self.embed(cond)), self.to_network(video), self.alpha_bar, steps, progress=progress)
+        denoise = self.denoiser(self.embed(cond))
+        return samplers.ddim_invert(denoise, self.to_network(video), self.alpha_bar, steps, progress=progress)
 
     @torch.no_grad()
-    def interpolate(
-        self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5,
-        *, cond: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True,
-    ) -> Tensor:
+    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5,
+                    *, cond: Cond = None, seed: int | None = None, progress: bool = True) -> Tensor:
         """A video between two: both noised up to step t, mixed as (1 - lam) x1 + lam x2, and denoised together."""
         t = self.num_timesteps - 1 if t is None else t
         if x1.shape != x2.shape:
@@ -253,10 +247,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             return self.predict_x0(x, times, cond, scale, negative=negative, rescale=rescale, known=known)
         return denoise
 
-    def predict_x0(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
-        *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def predict_x0(self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
+                   *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         output = guidance.predict(self.denoise_fn, x, t, cond, cond_scale, negative, rescale, known)
         x0 = to_x0(self.objective, output, x, *self.alpha_sigma(t))
         if not clip_denoised or self.latents:
@@ -307,23 +299,18 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
 
     # Helpers
 
-    def embed(self, cond: Tensor | Sequence[str] | None) -> Tensor | None:
-        """Captions to vectors; what is a tensor already, or None, passes."""
+    def embed(self, cond: Cond) -> Tensor | None:
+        """Captions to vectors (b cond_dim), or (b n cond_dim) for a network that looks at the words. A tensor or None passes."""
         if cond is None or isinstance(cond, Tensor):
             return cond
-        cond = [cond] if isinstance(cond, str) else list(cond)
-        if self.text_encoder is not None:
-            return self.encode(self.text_encoder, cond)
-        if not getattr(self.denoise_fn, 'use_bert_text_cond', False):
+        captions = [cond] if isinstance(cond, str) else list(cond)
+        encoder = self.bert if self.text_encoder is None else self.text_encoder
+        if encoder is None and not getattr(self.denoise_fn, 'use_bert_text_cond', False):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
-        if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
-            self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
-        return self.encode(self.bert, cond)
-
-    def encode(self, encoder: nn.Module, texts: list[str]) -> Tensor:
-        """(b cond_dim), or (b n cond_dim) for a network that looks at the words."""
-        return encoder.tokens(texts) if getattr(self.denoise_fn, 'text_tokens', False) else encoder(texts)
+        if encoder is None:  # made when the first caption comes: who conditions on tensors never needs it
+            encoder = self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+        return encoder.tokens(captions) if getattr(self.denoise_fn, 'text_tokens', False) else encoder(captions)
 
     def to_network(self, video: Tensor) -> Tensor:
         """[0, 1] -> [-1, 1]"""

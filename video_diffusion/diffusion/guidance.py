@@ -11,9 +11,12 @@ times as far. "Without" may also be another condition, a negative prompt: what t
 
 import math
 from functools import partial
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
+
+Cond = Tensor | Sequence[str] | None             # what videos are to follow: (b cond_dim), or a caption for each, or nothing
 
 
 def guide(with_cond: Tensor, without: Tensor, scale: float, rescale: float = 0.) -> Tensor:
@@ -29,10 +32,8 @@ def guide(with_cond: Tensor, without: Tensor, scale: float, rescale: float = 0.)
     return guided * (rescale * ratio + 1 - rescale)
 
 
-def predict(
-    network: nn.Module, x: Tensor, t: Tensor, cond: Tensor | None, scale: float,
-    negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def predict(network: nn.Module, x: Tensor, t: Tensor, cond: Tensor | None, scale: float, negative: Tensor | None = None,
+            rescale: float = 0., known: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The guided answer (b c f h w) of a network that, like Unet3D, has `forward_with_cond_scale`.
 
     All that is taken for granted is the public package's signature, whose scales 1 and 0 give the two predictions.

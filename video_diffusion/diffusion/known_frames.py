@@ -80,9 +80,8 @@ def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight
     return denoise_consistently
 
 
-def given(
-    first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None, frames: int,
-) -> tuple[Tensor | None, Tensor | None]:
+def given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None,
+          frames: int) -> tuple[Tensor | None, Tensor | None]:
     """Known frames come in one of two ways, whole: as a beginning (b c k h w), or as what is returned, (b c f h w) and a mask."""
     if first_frames is None:
         if (known is None) != (mask is None):

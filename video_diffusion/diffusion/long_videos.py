@@ -20,15 +20,16 @@ from torch import Tensor
 
 from ..checks import number
 from . import frame_levels, known_frames
+from .guidance import Cond
 from .sampling import Sampling
 
 
 def sample_long(
-    diffusion, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
+    diffusion, num_frames: int, cond: Cond = None, cond_scale: float = 1., batch_size: int = 16,
     *,
     overlap: int | None = None,                   # frames that a window shares with the one before; None: 3 in 4, about
     later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
-    first_frames: Tensor | None = None, negative: Tensor | Sequence[str] | None = None,
+    first_frames: Tensor | None = None, negative: Cond = None,
     seed: int | None = None, progress: bool = True,
     **settings,                                   # as in sample
 ) -> Tensor:

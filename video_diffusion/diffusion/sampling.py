@@ -41,9 +41,8 @@ class Sampling:
     history_scale: float = 1.                     # of 'level': how closely the others keep to known frames; 1 is as trained
     frame_lag: int = 0                            # steps from one frame to the next, 0: all together; see frame_levels.py
 
-    def check(
-        self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False, frame_noise: str = 'shared',
-    ) -> None:
+    def check(self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False,
+              frame_noise: str = 'shared') -> None:
         """Refuse what makes no sense for a model of so many steps that is given cond, a negative, known frames, or not."""
         samplers.spaced_steps(timesteps, self.steps, self.spacing)
         one_of('sampler', self.sampler, samplers.SAMPLERS)
