@@ -40,8 +40,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         image_size: int | tuple[int, int],        # (height, width), or one number for both
         num_frames: int,
         text_use_bert_cls: bool = False,          # embed strings by BERT's CLS token, not the mean of the tokens
-        channels: int = 3,
-        timesteps: int = 1000,
+        channels: int = 3, timesteps: int = 1000,
         loss_type: str = 'l1',                    # 'l1' or 'l2'
         use_dynamic_thres: bool = False,          # clip x0 at a percentile (Imagen, arXiv 2205.11487, section 2.3)
         dynamic_thres_percentile: float = 0.9,
@@ -106,7 +105,9 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
         self.check(video)
-        known_frames.check_told(self.prob_cond_frames, known, known_mask)
+        if not self.prob_cond_frames and (known is not None or known_mask is not None):
+            raise ValueError(f'{"known_mask" if known is None else "known"} was given, but the network is never told frames: '
+                             'prob_cond_frames is 0')
         x0 = self.to_network(video)
         if t is None:
             drawn = self.draw_steps(torch.randint(0, self.num_timesteps, (len(x0),)))

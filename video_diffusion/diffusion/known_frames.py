@@ -110,10 +110,3 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
                          f'got {given}')
     known, mask = known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
     return torch.where(mask[:, None, :, None, None], known, 0), mask               # what is unknown may be NaN
-
-
-def check_told(share: float, known: Tensor | None, mask: Tensor | None) -> None:
-    """In training, to a network that is told frames of this share of the clips."""
-    for name, given in dict(known=known, known_mask=mask).items():
-        if given is not None and not share:
-            raise ValueError(f'{name} was given, but the network is never told frames: prob_cond_frames is 0')

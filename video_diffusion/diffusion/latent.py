@@ -113,9 +113,7 @@ class LatentDiffusion(nn.Module):
     def forward(
         self,
         video: Tensor | Encoded,                      # (b c f h w) in [0, 1], or what `encode` made of it
-        cond: Cond = None,
-        noise: Tensor | None = None,                  # these as in GaussianDiffusion.forward, for latents
-        t: Tensor | None = None,
+        cond: Cond = None, noise: Tensor | None = None, t: Tensor | None = None,     # as in GaussianDiffusion.forward, for latents
         *,
         posterior_noise: Tensor | None = None,        # which latents of those that the VAE finds possible
         image_noise: Tensor | None = None,            # in the first frames that the network is told; None draws both here
