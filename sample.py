@@ -251,8 +251,7 @@ def read_first_frames(args: argparse.Namespace, diffusion: GaussianDiffusion | L
         return torch.cat([clip[:, :, -shortest:] for clip in clips])
     clip = read_clip(args.first_frames, diffusion.channels, fps=fps, size=(diffusion.height, diffusion.width))
     most = min(clip.shape[1], diffusion.num_frames - 1)
-    lengths = diffusion.whole_lengths() if isinstance(diffusion, LatentDiffusion) else range(1, diffusion.num_frames)
-    half = max((n for n in lengths if n <= min(most, diffusion.num_frames // 2)), default=1)
+    half = max((n for n in diffusion.whole_lengths() if n <= min(most, diffusion.num_frames // 2)), default=1)
     known = half if args.known is None else args.known
     if not 1 <= known <= most:
         raise ValueError(f'--known {known}: {args.first_frames} has {clip.shape[1]} frames and the model draws '

@@ -14,6 +14,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from .guidance import Cond
 from .noise_schedule import posterior
 
 
@@ -70,23 +71,19 @@ class DDPMTerms:
             self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_variance, self.posterior_log_variance_clipped))
         return a * x_start + b * x_t, variance, log_variance
 
-    def p_mean_variance(
-        self, x: Tensor, t: Tensor, clip_denoised: bool = True, cond: Tensor | None = None, cond_scale: float = 1.,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool = True, cond: Tensor | None = None,
+                        cond_scale: float = 1.) -> tuple[Tensor, Tensor, Tensor]:
         """p(x_{t-1} | x_t): the posterior at the network's idea of x_0."""
         return self.q_posterior(self.predict_x0(x, t, cond, cond_scale, clip_denoised), x, t)
 
     @torch.no_grad()
-    def p_sample(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
-    ) -> Tensor:
+    def p_sample(self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1.,
+                 clip_denoised: bool = True) -> Tensor:
         """One step of ancestral sampling, x_t -> x_{t-1}."""
         mean, variance, _ = self.p_mean_variance(x, t, clip_denoised, cond, cond_scale)
         return mean + variance.sqrt() * torch.randn_like(x)
 
-    def p_sample_loop(
-        self, shape: Sequence[int], cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1.,
-    ) -> Tensor:
+    def p_sample_loop(self, shape: Sequence[int], cond: Cond = None, cond_scale: float = 1.) -> Tensor:
         """`sample` with all its steps; videos in [0, 1]."""
         self.check(torch.empty(tuple(shape), device='meta'))
         return self.sample(cond, cond_scale, shape[0])

@@ -120,10 +120,8 @@ def levels_differ(t: Tensor) -> Tensor:
     return (t != t[:, :1]).any(dim=1)
 
 
-def draw_mask(
-    count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None, end_too: float = 0.5,
-    draws: int = 1,
-) -> Tensor:
+def draw_mask(count: int, frames: int, prob: float, device: torch.device, generator: torch.Generator | None,
+              end_too: float = 0.5, draws: int = 1) -> Tensor:
     """Masks to train with (count f): nothing is known with 1 - prob; else a beginning, and by `end_too` the end as well. The
     beginning is as long as the shortest of so many `draws`."""
     where = dict(device=device, generator=generator)

@@ -26,9 +26,10 @@ from ..networks import network_config, network_from_config, same_network
 from ..networks.text import named_bert, text_encoder_from_config
 from . import frame_levels, guidance, known_frames, long_videos, samplers
 from .ddpm_terms import DDPMTerms
+from .guidance import Cond
 from .noise_schedule import build_schedule
 from .objective import LOSSES, check_loss, check_objective, check_parts, min_snr_weight, target, to_x0
-from .sampling import Request, Sampling, draw
+from .sampling import Sampling, draw
 
 
 class GaussianDiffusion(DDPMTerms, nn.Module):
@@ -39,8 +40,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         image_size: int | tuple[int, int],        # (height, width), or one number for both
         num_frames: int,
         text_use_bert_cls: bool = False,          # embed strings by BERT's CLS token, not the mean of the tokens
-        channels: int = 3,
-        timesteps: int = 1000,
+        channels: int = 3, timesteps: int = 1000,
         loss_type: str = 'l1',                    # 'l1' or 'l2'
         use_dynamic_thres: bool = False,          # clip x0 at a percentile (Imagen, arXiv 2205.11487, section 2.3)
         dynamic_thres_percentile: float = 0.9,
@@ -59,8 +59,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
         instance('denoise_fn', denoise_fn, nn.Module)
         whole('num_frames', num_frames, 1)
         whole('channels', channels, 1)
-        for name, value in dict(dynamic_thres_percentile=dynamic_thres_percentile, prob_cond_frames=prob_cond_frames).items():
-            number(name, value, 0, 1)
+        number('dynamic_thres_percentile', dynamic_thres_percentile, 0, 1)
+        number('prob_cond_frames', prob_cond_frames, 0, 1)
         number('offset_noise', offset_noise, 0)
         one_of('frame_noise', frame_noise, ('shared', 'independent'))
         check_parts(denoise_fn, text_encoder, text_use_bert_cls, prob_cond_frames, frame_noise)
@@ -93,7 +93,7 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     def forward(
         self,
         video: Tensor,                                # (b c f h w) in [0, 1]
-        cond: Tensor | Sequence[str] | None = None,   # (b cond_dim), or a caption for each video
+        cond: Cond = None,                            # (b cond_dim), or a caption for each video
         noise: Tensor | None = None,                  # from draw_noise; None draws it here
         t: Tensor | None = None,                      # from draw_steps, (b) or (b f), likewise
         *,
@@ -105,7 +105,9 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """The loss: a scalar, or with reduction='none' one for each video (b)."""
         self.check(video)
-        known_frames.check_told(self.prob_cond_frames, known, known_mask)
+        if not self.prob_cond_frames and (known is not None or known_mask is not None):
+            raise ValueError(f'{"known_mask" if known is None else "known"} was given, but the network is never told frames: '
+                             'prob_cond_frames is 0')
         x0 = self.to_network(video)
         if t is None:
             drawn = self.draw_steps(torch.randint(0, self.num_timesteps, (len(x0),)))
@@ -116,10 +118,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             told = dict(known=x0 if known is None else self.to_network(known), known_mask=known_mask)
         return self.p_losses(x0, t, cond, noise, reduction=reduction, own_steps=own_steps, **network, **told)
 
-    def p_losses(
-        self, x_start: Tensor, t: Tensor, cond: Tensor | Sequence[str] | None = None, noise: Tensor | None = None,
-        *, reduction: str = 'mean', own_steps: list[int | None] | None = None, **network,
-    ) -> Tensor:
+    def p_losses(self, x_start: Tensor, t: Tensor, cond: Cond = None, noise: Tensor | None = None, *, reduction: str = 'mean',
+                 own_steps: list[int | None] | None = None, **network) -> Tensor:
         """The loss of x_start (b c f h w) in [-1, 1] at steps t, (b) or (b f); `network` are further arguments of the network."""
         check_loss(x_start, noise, reduction, network.get('null_cond_prob'))
         noise = self.draw_noise(x_start.shape, x_start.device) if noise is None else noise
@@ -166,14 +166,13 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        cond: Tensor | Sequence[str] | None = None,
+        cond: Cond = None,
         cond_scale: float = 1.,                       # guidance: 1 follows cond as trained, more exaggerates it
         batch_size: int = 16,                         # only where cond does not say
         *,
-        seed: int | None = None,
-        progress: samplers.Progress = True,
+        seed: int | None = None, progress: samplers.Progress = True,
         noise: Tensor | None = None,                  # (b c f h w) to start from, as from ddim_invert; None draws it
-        negative: Tensor | Sequence[str] | None = None,  # guide away from this (one, or one per video), not from no cond
+        negative: Cond = None,                        # guide away from this (one, or one per video), not from no cond
         return_all: bool = False,
         first_frames: Tensor | None = None,           # (b c k h w): how the videos begin; one is enough for all. Or:
         known: Tensor | None = None,                  # (b c f h w): videos of which some frames are known,
@@ -182,64 +181,47 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
     ) -> Tensor:
         """Videos (b c f h w) in [0, 1], drawn from noise; with `return_all` the whole way to them (steps + 1, b c f h w)."""
         settings = Sampling(cond_scale=cond_scale, **settings)
-        known_frames.check_given(first_frames, known, known_mask)
-        if first_frames is not None:
-            known, known_mask = known_frames.beginning(first_frames, self.num_frames)
+        known, known_mask = known_frames.given(first_frames, known, known_mask, self.num_frames)
         settings.check(self.num_timesteps, has_cond=cond is not None, negative=negative is not None, has_known=known is not None,
                        frame_noise=self.frame_noise)
         cond = self.embed(cond)
         generator = None if seed is None else torch.Generator(self.alpha.device).manual_seed(seed)
-        noise = self.first_noise(noise, batch_size if cond is None else len(cond), generator)
-        if cond is not None and len(noise) != len(cond):
-            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
-        request = Request(cond, guidance.for_batch(self.embed(negative), cond), way=[] if return_all else None)
-        if known is not None:
-            self.check(known)
-            request.known, request.known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
-        x = draw(self, noise, request, settings, generator=generator, progress=progress)
-        return self.to_user(torch.stack([*request.way, x]) if return_all else x)
-
-    def first_noise(self, noise: Tensor | None, batch_size: int, generator: torch.Generator | None) -> Tensor:
+        batch_size = batch_size if cond is None else len(cond)
         whole('batch_size', batch_size, 1)
         if noise is None:
             shape = batch_size, self.channels, self.num_frames, self.height, self.width
-            return torch.randn(shape, generator=generator, device=self.alpha.device)
+            noise = torch.randn(shape, generator=generator, device=self.alpha.device)
         self.check(noise)
-        return noise
+        if cond is not None and len(noise) != len(cond):
+            raise ValueError(f'noise for {len(noise)} videos and cond for {len(cond)}: give as many of either')
+        negative = guidance.for_batch(self.embed(negative), cond)
+        if known is not None:
+            self.check(known)
+            known, known_mask = known_frames.for_batch(self.to_network(known).to(noise), known_mask, len(noise))
+        way = [] if return_all else None
+        x = draw(self, noise, settings, cond=cond, negative=negative, known=known, mask=known_mask, way=way, generator=generator,
+                 progress=progress)
+        return self.to_user(torch.stack([*way, x]) if return_all else x)
 
-    def sample_long(
-        self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
-        *,
-        overlap: int | None = None,                   # frames that a window shares with the one before; None: 3 in 4
-        later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
-        first_frames: Tensor | None = None,
-        negative: Tensor | Sequence[str] | None = None,
-        seed: int | None = None,
-        progress: bool = True,
-        **settings,                                   # as in sample
-    ) -> Tensor:
-        """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: the network never sees more than one window."""
-        return long_videos.window_by_window(
-            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap, later_cond_scale,
-            lengths=range(1, self.num_frames), first_frames=first_frames, seed=seed, progress=progress)
+    sample_long = long_videos.sample_long             # window after window
+
+    def whole_lengths(self) -> Sequence[int]:
+        """How many first frames of a video may be known."""
+        return range(1, self.num_frames)
 
     @torch.no_grad()
-    def ddim_invert(
-        self, video: Tensor, cond: Tensor | Sequence[str] | None = None,
-        *, steps: int | None = None, spacing: str = 'trailing', progress: bool = True,
-    ) -> Tensor:
+    def ddim_invert(self, video: Tensor, cond: Cond = None, *, steps: int | None = None, spacing: str = 'trailing',
+                    progress: bool = True) -> Tensor:
         """The noise (b c f h w) that `sample(cond, noise=noise, sampler='ddim', steps=steps)` turns back into about this
         video: the more steps, the closer. Sample it with another cond to edit the video."""
         self.check(video)
         steps = samplers.spaced_steps(self.num_timesteps, steps, spacing)
-        return samplers.ddim_invert(
-            self.denoiser(self.embed(cond)), self.to_network(video), self.alpha_bar, steps, progress=progress)
+        denoise = self.denoiser(self.embed(cond))
+        return samplers.ddim_invert(denoise, self.to_network(video), self.alpha_bar, steps, progress=progress)
 
     @torch.no_grad()
-    def interpolate(
-        self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5,
-        *, cond: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True,
-    ) -> Tensor:
+    def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5,
+                    *, cond: Cond = None, seed: int | None = None, progress: bool = True) -> Tensor:
         """A video between two: both noised up to step t, mixed as (1 - lam) x1 + lam x2, and denoised together."""
         t = self.num_timesteps - 1 if t is None else t
         if x1.shape != x2.shape:
@@ -266,10 +248,8 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
             return self.predict_x0(x, times, cond, scale, negative=negative, rescale=rescale, known=known)
         return denoise
 
-    def predict_x0(
-        self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
-        *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+    def predict_x0(self, x: Tensor, t: Tensor, cond: Tensor | None = None, cond_scale: float = 1., clip_denoised: bool = True,
+                   *, negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None) -> Tensor:
         output = guidance.predict(self.denoise_fn, x, t, cond, cond_scale, negative, rescale, known)
         x0 = to_x0(self.objective, output, x, *self.alpha_sigma(t))
         if not clip_denoised or self.latents:
@@ -320,23 +300,18 @@ class GaussianDiffusion(DDPMTerms, nn.Module):
 
     # Helpers
 
-    def embed(self, cond: Tensor | Sequence[str] | None) -> Tensor | None:
-        """Captions to vectors; what is a tensor already, or None, passes."""
+    def embed(self, cond: Cond) -> Tensor | None:
+        """Captions to vectors (b cond_dim), or (b n cond_dim) for a network that looks at the words. A tensor or None passes."""
         if cond is None or isinstance(cond, Tensor):
             return cond
-        cond = [cond] if isinstance(cond, str) else list(cond)
-        if self.text_encoder is not None:
-            return self.encode(self.text_encoder, cond)
-        if not getattr(self.denoise_fn, 'use_bert_text_cond', False):
+        captions = [cond] if isinstance(cond, str) else list(cond)
+        encoder = self.bert if self.text_encoder is None else self.text_encoder
+        if encoder is None and not getattr(self.denoise_fn, 'use_bert_text_cond', False):
             raise ValueError('cond is text, but this GaussianDiffusion has no text_encoder: give it one, as in '
                              'GaussianDiffusion(..., text_encoder=WordEncoder()), or pass a tensor')
-        if self.bert is None:  # made when the first caption comes: who conditions on tensors never needs it
-            self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
-        return self.encode(self.bert, cond)
-
-    def encode(self, encoder: nn.Module, texts: list[str]) -> Tensor:
-        """(b cond_dim), or (b n cond_dim) for a network that looks at the words."""
-        return encoder.tokens(texts) if getattr(self.denoise_fn, 'text_tokens', False) else encoder(texts)
+        if encoder is None:  # made when the first caption comes: who conditions on tensors never needs it
+            encoder = self.bert = named_bert(self.bert_name, 'cls' if self.text_use_bert_cls else 'mean').to(self.alpha.device)
+        return encoder.tokens(captions) if getattr(self.denoise_fn, 'text_tokens', False) else encoder(captions)
 
     def to_network(self, video: Tensor) -> Tensor:
         """[0, 1] -> [-1, 1]"""

@@ -11,9 +11,12 @@ times as far. "Without" may also be another condition, a negative prompt: what t
 
 import math
 from functools import partial
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
+
+Cond = Tensor | Sequence[str] | None             # what videos are to follow: (b cond_dim), or a caption for each, or nothing
 
 
 def guide(with_cond: Tensor, without: Tensor, scale: float, rescale: float = 0.) -> Tensor:
@@ -25,14 +28,12 @@ def guide(with_cond: Tensor, without: Tensor, scale: float, rescale: float = 0.)
     guided = without + (with_cond - without) * scale
     if rescale == 0:
         return guided
-    ratio = deviation(with_cond) / deviation(guided)
+    ratio = with_cond.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)      # b 1 1 1 1
     return guided * (rescale * ratio + 1 - rescale)
 
 
-def predict(
-    network: nn.Module, x: Tensor, t: Tensor, cond: Tensor | None, scale: float,
-    negative: Tensor | None = None, rescale: float = 0., known: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def predict(network: nn.Module, x: Tensor, t: Tensor, cond: Tensor | None, scale: float, negative: Tensor | None = None,
+            rescale: float = 0., known: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The guided answer (b c f h w) of a network that, like Unet3D, has `forward_with_cond_scale`.
 
     All that is taken for granted is the public package's signature, whose scales 1 and 0 give the two predictions.
@@ -54,11 +55,6 @@ def for_batch(negative: Tensor | None, cond: Tensor | None) -> Tensor | None:
     if len(negative) not in (1, len(cond)):
         raise ValueError(f'negative for {len(negative)} videos and cond for {len(cond)}: give one, or as many')
     return negative.expand(len(cond), *negative.shape[1:])
-
-
-def deviation(x: Tensor) -> Tensor:
-    """Standard deviation of each sample: (b 1 1 1 1)."""
-    return x.std(dim=(1, 2, 3, 4), keepdim=True)
 
 
 def dynamic_scale(scale: float, progress: float, exponent: float) -> float:

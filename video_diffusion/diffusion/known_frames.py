@@ -60,11 +60,7 @@ def led_by_known(denoise: Denoiser, noise: Tensor, mask: Tensor, scale: float, l
 
 def replaced(denoise: Denoiser, known: Tensor, mask: Tensor) -> Denoiser:
     """The denoiser, corrected in the known frames."""
-    mask = mask[:, None, :, None, None]
-
-    def denoise_the_others(x: Tensor, t: int) -> Tensor:
-        return torch.where(mask, known, denoise(x, t))
-    return denoise_the_others
+    return lambda x, t: torch.where(mask[:, None, :, None, None], known, denoise(x, t))
 
 
 def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight: float, limit: float = 1.) -> Denoiser:
@@ -84,8 +80,15 @@ def guided(denoise: Denoiser, known: Tensor, mask: Tensor, alpha: Tensor, weight
     return denoise_consistently
 
 
-def beginning(first_frames: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """A beginning (b c k h w) as the known frames of a clip (b c f h w), and their mask (f)."""
+def given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None,
+          frames: int) -> tuple[Tensor | None, Tensor | None]:
+    """Known frames come in one of two ways, whole: as a beginning (b c k h w), or as what is returned, (b c f h w) and a mask."""
+    if first_frames is None:
+        if (known is None) != (mask is None):
+            raise ValueError('known and known_mask belong together: give the videos and which of their frames are known')
+        return known, mask
+    if known is not None or mask is not None:
+        raise ValueError('first_frames says all about the known frames: leave known and known_mask out, or give only them')
     tensor('first_frames', first_frames)
     length = first_frames.shape[2] if first_frames.ndim == 5 else 0
     if not 1 <= length < frames:
@@ -107,18 +110,3 @@ def for_batch(known: Tensor, mask: Tensor | None, batch: int) -> tuple[Tensor, T
                          f'got {given}')
     known, mask = known.expand(batch, -1, -1, -1, -1), mask.to(known.device).expand(batch, frames)
     return torch.where(mask[:, None, :, None, None], known, 0), mask               # what is unknown may be NaN
-
-
-def check_given(first_frames: Tensor | None, known: Tensor | None, mask: Tensor | None) -> None:
-    """Known frames come in one of two ways, whole."""
-    if first_frames is not None and (known is not None or mask is not None):
-        raise ValueError('first_frames says all about the known frames: leave known and known_mask out, or give only them')
-    if (known is None) != (mask is None):
-        raise ValueError('known and known_mask belong together: give the videos and which of their frames are known')
-
-
-def check_told(share: float, known: Tensor | None, mask: Tensor | None) -> None:
-    """In training, to a network that is told frames of this share of the clips."""
-    for name, given in dict(known=known, known_mask=mask).items():
-        if given is not None and not share:
-            raise ValueError(f'{name} was given, but the network is never told frames: prob_cond_frames is 0')

@@ -32,7 +32,6 @@ clip, and what the network invents is what the small one leaves open.
 """
 
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +44,8 @@ from ..vae.gaussian import DiagonalGaussian
 from ..vae.vae_checkpoint import vae_config, vae_from_config
 from . import known_frames, long_videos
 from .gaussian_diffusion import GaussianDiffusion
+from .guidance import Cond
 from .latent_cache import Encoded, fingerprint
-from .sampling import Sampling
 
 CLIPS_TO_MEASURE = 64
 SETTINGS = 'num_frames', 'max_batch', 'chunk', 'low_res', 'image_scale'
@@ -78,8 +77,8 @@ class LatentDiffusion(nn.Module):
                              f'latents={diffusion.latents}: the latents of {self.num_frames} frames are {expected}, and it must '
                              'have latents=True')
         whole('max_batch', max_batch, 1)
-        for name, value in dict(scale=scale, image_scale=image_scale).items():
-            number(name, value, above=0)
+        number('scale', scale, above=0)
+        number('image_scale', image_scale, above=0)
         if low_res is not None and (low_res < 2 or self.height % low_res or self.width % low_res):
             raise ValueError(f'low_res={low_res}: give a number above 1 that divides frames of {self.height}x{self.width}')
         if low_res is not None and diffusion.prob_cond_frames != 1:
@@ -114,9 +113,7 @@ class LatentDiffusion(nn.Module):
     def forward(
         self,
         video: Tensor | Encoded,                      # (b c f h w) in [0, 1], or what `encode` made of it
-        cond: Tensor | Sequence[str] | None = None,
-        noise: Tensor | None = None,                  # these as in GaussianDiffusion.forward, for latents
-        t: Tensor | None = None,
+        cond: Cond = None, noise: Tensor | None = None, t: Tensor | None = None,     # as in GaussianDiffusion.forward, for latents
         *,
         posterior_noise: Tensor | None = None,        # which latents of those that the VAE finds possible
         image_noise: Tensor | None = None,            # in the first frames that the network is told; None draws both here
@@ -216,10 +213,7 @@ class LatentDiffusion(nn.Module):
     @torch.inference_mode(False)                      # as in GaussianDiffusion
     @torch.no_grad()
     def sample(
-        self,
-        cond: Tensor | Sequence[str] | None = None,
-        cond_scale: float = 1.,
-        batch_size: int = 16,
+        self, cond: Cond = None, cond_scale: float = 1., batch_size: int = 16,
         *,
         image: Tensor | None = None,                  # (b c h w): how the videos begin; one is enough for all. Or:
         first_frames: Tensor | None = None,           # (b c k h w): several of them
@@ -244,19 +238,9 @@ class LatentDiffusion(nn.Module):
         x = self.diffusion.sample(cond, cond_scale, batch_size, known_by=known_by, **settings)
         return torch.stack([self.decode(z) for z in x]) if x.ndim == 6 else self.decode(x)
 
-    def sample_long(
-        self, num_frames: int, cond: Tensor | Sequence[str] | None = None, cond_scale: float = 1., batch_size: int = 16,
-        *, overlap: int | None = None, later_cond_scale: float | None = None, first_frames: Tensor | None = None,
-        negative: Tensor | Sequence[str] | None = None, seed: int | None = None, progress: bool = True, **settings,
-    ) -> Tensor:
-        """As GaussianDiffusion.sample_long; windows overlap by frames that are whole latent frames (None: three in four, about)."""
-        if self.low_res:
-            raise ValueError(f'the model enlarges clips of {self.num_frames} frames, and cannot make them longer')
-        return long_videos.window_by_window(
-            self, num_frames, cond, batch_size, Sampling(cond_scale=cond_scale, **settings), negative, overlap, later_cond_scale,
-            lengths=self.whole_lengths(), first_frames=first_frames, seed=seed, progress=progress)
+    sample_long = long_videos.sample_long             # windows overlap by frames that are whole latent frames
 
-    def ddim_invert(self, video: Tensor, cond: Tensor | Sequence[str] | None = None, **how) -> Tensor:
+    def ddim_invert(self, video: Tensor, cond: Cond = None, **how) -> Tensor:
         """As GaussianDiffusion.ddim_invert: the noise (b c f h w) of the latents of a video."""
         return self.diffusion.ddim_invert(self.latents(video), cond, **how)
 
@@ -292,9 +276,8 @@ class LatentDiffusion(nn.Module):
         if by_network:
             image = self.posterior(first_frames[:, :, :1]).mean * (self.image_scale or self.scale)
             z = image if self.image_scale else torch.cat((image, z[:, :, 1:]), dim=2)
-        known = torch.zeros_like(z[:, :, :1]).repeat(1, 1, self.diffusion.num_frames, 1, 1)
-        known[:, :, :z.shape[2]] = z
-        return known, torch.arange(self.diffusion.num_frames) < z.shape[2]
+        frames = self.diffusion.num_frames
+        return F.pad(z, (0, 0, 0, 0, 0, frames - z.shape[2])), torch.arange(frames) < z.shape[2]
 
     def check(self, video: Tensor) -> None:
         video_shape(video, self.channels, self.num_frames, self.height, self.width)

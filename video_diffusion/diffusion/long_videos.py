@@ -20,23 +20,33 @@ from torch import Tensor
 
 from ..checks import number
 from . import frame_levels, known_frames
+from .guidance import Cond
 from .sampling import Sampling
 
 
-def window_by_window(
-    diffusion, num_frames: int, cond: Tensor | Sequence | None, batch_size: int, settings: Sampling, negative,
-    overlap: int | None, later_cond_scale: float | None, *, lengths: Sequence[int], first_frames: Tensor | None,
-    seed: int | None, progress: bool,
+def sample_long(
+    diffusion, num_frames: int, cond: Cond = None, cond_scale: float = 1., batch_size: int = 16,
+    *,
+    overlap: int | None = None,                   # frames that a window shares with the one before; None: 3 in 4, about
+    later_cond_scale: float | None = None,        # after the first window; 0 where cond says how a video begins
+    first_frames: Tensor | None = None, negative: Cond = None,
+    seed: int | None = None, progress: bool = True,
+    **settings,                                   # as in sample
 ) -> Tensor:
-    """Videos (b c num_frames h w) from a `diffusion` that draws fewer frames at a time: see GaussianDiffusion.sample_long.
-    `lengths`: so many frames can be known, and so windows overlap by one of them."""
-    window = diffusion.num_frames
-    overlap = usual_overlap(window, lengths) if overlap is None else overlap
+    """Videos (b c num_frames h w) in [0, 1], on the CPU, of any length: a method of GaussianDiffusion and of LatentDiffusion."""
+    window, lengths = diffusion.num_frames, diffusion.whole_lengths()
+    if getattr(diffusion, 'low_res', None):
+        raise ValueError(f'the model enlarges clips of {window} frames, and cannot make them longer')
+    settings = Sampling(cond_scale=cond_scale, **settings)
+    if overlap is None:                           # from half of a window a motion is drawn on less surely
+        overlap = max((length for length in lengths if length <= 3 * window // 4), default=1)
     if not overlap < window <= num_frames or overlap not in (1, *lengths):
         raise ValueError(f'num_frames={num_frames}, overlap={overlap}: the model draws {window} frames at a time, so give '
                          f'{window} frames or more and an overlap of {", ".join(map(str, lengths))}')
     number('later_cond_scale', later_cond_scale)
-    later = settings.later(later_cond_scale)
+    later = settings if later_cond_scale is None else replace(settings, cond_scale=later_cond_scale)
+    if later_cond_scale in (0, 1):                # without guidance, and without its refinements
+        later = replace(later, guidance_rescale=0., dynamic_guidance=None, wave_guidance=False)
     if later.known_noise is None and (later.known_by or known_frames.best_way(diffusion)) == 'level':
         least = 2 / diffusion.num_timesteps                      # at level 0 they would be the truth
         later = replace(later, known_noise=min(max(frame_levels.DRAWN, least), frame_levels.LOW))
@@ -55,11 +65,6 @@ def window_by_window(
                                      progress=progress, **later.changed()).cpu()
         parts.append(following[:, :, overlap:])
     return torch.cat(parts, dim=2)[:, :, :num_frames]
-
-
-def usual_overlap(window: int, lengths: Sequence[int]) -> int:
-    """Of these lengths the largest up to three quarters of a window: from half of it a motion is drawn on less surely."""
-    return max((length for length in lengths if length <= 3 * window // 4), default=1)
 
 
 def by_window(cond: Tensor | Sequence | None, windows: int) -> list:

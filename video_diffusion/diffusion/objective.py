@@ -19,9 +19,8 @@ LOSSES = {'l1': F.l1_loss, 'l2': F.mse_loss}
 SAFE_ALPHA_BAR = 1e-3       # of the last step: above it the noise says enough about x_0, even where nothing is clipped
 
 
-def check_objective(
-    objective: str, loss_type: str, alpha_bar: Tensor, min_snr_gamma: float | None, min_snr_power: float, latents: bool,
-) -> None:
+def check_objective(objective: str, loss_type: str, alpha_bar: Tensor, min_snr_gamma: float | None, min_snr_power: float,
+                    latents: bool) -> None:
     """Refuse what cannot be learnt, or cannot be sampled from, with this schedule (T)."""
     one_of('loss_type', loss_type, LOSSES)
     one_of('objective', objective, OBJECTIVES)
@@ -39,9 +38,8 @@ def check_objective(
         raise ValueError(f'min_snr_power={min_snr_power} bends the weights of min_snr_gamma: give that, too, or leave it out')
 
 
-def check_parts(
-    network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float, frame_noise: str,
-) -> None:
+def check_parts(network: nn.Module, text_encoder: nn.Module | None, use_bert_cls: bool, prob_cond_frames: float,
+                frame_noise: str) -> None:
     """Refuse a network that cannot be told what this diffusion would tell it."""
     if text_encoder is not None and not getattr(network, 'has_cond', True):
         raise ValueError(f'a text_encoder was given, but the network takes no captions: build it with cond_dim={text_encoder.dim}')

@@ -31,8 +31,7 @@ def one_at_a_time(diffusion: nn.Module, device: torch.device) -> None:
             return method(*args, **how)
         return ask
 
-    parts = [part for part in (diffusion.text_encoder, diffusion.denoise_fn, getattr(diffusion, 'vae', None)) if part is not None]
-    for part in parts:
+    for part in (diffusion.text_encoder, diffusion.denoise_fn, getattr(diffusion, 'vae', None)):       # None has no way in
         for name in WAYS_IN:
             if hasattr(part, name):
                 setattr(part, name, at_home(part, getattr(part, name)))

@@ -88,20 +88,16 @@ def bar(steps: Steps, shown: bool = True) -> tqdm:
     return tqdm(steps, desc='sampling', disable=not shown, leave=False)
 
 
-def ddpm(
-    denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: Progress = False,
-) -> Tensor:
+def ddpm(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: Steps,
+         *, generator: torch.Generator | None = None, progress: Progress = False) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2): the one to trust, given all steps."""
     for t, here, after in levels(alpha_bar, steps, progress):
         x = fresh_step(x, denoise(x, t), here, after, generator)
     return x
 
 
-def ddim(
-    denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, eta: float = 0., generator: torch.Generator | None = None, progress: Progress = False,
-) -> Tensor:
+def ddim(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: Steps,
+         *, eta: float = 0., generator: torch.Generator | None = None, progress: Progress = False) -> Tensor:
     """Keep the noise that x implies and only lower its share (Song et al. 2020, arXiv 2010.02502, eq. 12).
 
     Deterministic, and good with few steps. `eta` replaces a part of the noise by fresh noise; 1 replaces as
@@ -112,10 +108,8 @@ def ddim(
     return x
 
 
-def dpmpp_2m(
-    denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: Progress = False,
-) -> Tensor:
+def dpmpp_2m(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: Steps,
+             *, generator: torch.Generator | None = None, progress: Progress = False) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): DDIM that looks half a step ahead.
 
     Deterministic. Twice the steps, equal in log-SNR, leave a quarter of the error; with DDIM half of it.
@@ -129,10 +123,8 @@ def dpmpp_2m(
     return x
 
 
-def dpmpp_2m_sde(
-    denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: list[int],
-    *, generator: torch.Generator | None = None, progress: Progress = False,
-) -> Tensor:
+def dpmpp_2m_sde(denoise: Denoiser, x: Tensor, alpha_bar: Tensor, steps: Steps,
+                 *, generator: torch.Generator | None = None, progress: Progress = False) -> Tensor:
     """The same for ancestral sampling (SDE-DPM-Solver++ 2M, as in CogVideoX): fresh noise repairs earlier mistakes."""
     before = None
     for t, here, after in levels(alpha_bar, steps, progress):
@@ -145,9 +137,7 @@ def dpmpp_2m_sde(
 SAMPLERS = {'ddpm': ddpm, 'ddim': ddim, 'dpm++2m': dpmpp_2m, 'dpm++2m_sde': dpmpp_2m_sde}
 
 
-def ddim_invert(
-    denoise: Denoiser, video: Tensor, alpha_bar: Tensor, steps: list[int], *, progress: bool = False,
-) -> Tensor:
+def ddim_invert(denoise: Denoiser, video: Tensor, alpha_bar: Tensor, steps: list[int], *, progress: bool = False) -> Tensor:
     """DDIM upwards: the noise from which `ddim`, taking the same steps down, comes back to about this video.
 
     Going down, a step from t asks the denoiser at t; going up, t is not known yet, so the step asks where it stands. The
@@ -170,9 +160,8 @@ def fresh_step(x: Tensor, x0: Tensor, here: Tensor, after: Tensor, generator: to
     return moved_only(moved, x, here, after)
 
 
-def kept_step(
-    x: Tensor, x0: Tensor, here: Tensor, after: Tensor, eta: float = 0., generator: torch.Generator | None = None,
-) -> Tensor:
+def kept_step(x: Tensor, x0: Tensor, here: Tensor, after: Tensor, eta: float = 0.,
+              generator: torch.Generator | None = None) -> Tensor:
     """Mix x0 anew with the noise that was in x; `eta` of that noise is fresh."""
     noise = to_noise(x0, x, number(here.sqrt(), x), number((1 - here).sqrt(), x))
     fresh = eta ** 2 * posterior(here, after)[2] if eta else torch.zeros_like(after)     # variance of the fresh noise

@@ -12,7 +12,7 @@ A setting that makes no sense is refused before anything is drawn, or trained.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -41,9 +41,8 @@ class Sampling:
     history_scale: float = 1.                     # of 'level': how closely the others keep to known frames; 1 is as trained
     frame_lag: int = 0                            # steps from one frame to the next, 0: all together; see frame_levels.py
 
-    def check(
-        self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False, frame_noise: str = 'shared',
-    ) -> None:
+    def check(self, timesteps: int, *, has_cond: bool, negative: bool = False, has_known: bool = False,
+              frame_noise: str = 'shared') -> None:
         """Refuse what makes no sense for a model of so many steps that is given cond, a negative, known frames, or not."""
         samplers.spaced_steps(timesteps, self.steps, self.spacing)
         one_of('sampler', self.sampler, samplers.SAMPLERS)
@@ -87,13 +86,6 @@ class Sampling:
             raise ValueError("known_noise and history_scale say how frames are known by their level: give known frames to a model "
                              "with frame_noise='independent', and leave known_by out")
 
-    def later(self, cond_scale: float | None) -> 'Sampling':
-        """For the windows of a long video after the first. Scales 0 and 1 are without guidance, and without its refinements."""
-        if cond_scale is None:
-            return self
-        unled = dict(guidance_rescale=0., dynamic_guidance=None, wave_guidance=False) if cond_scale in (0, 1) else {}
-        return replace(self, **unled, cond_scale=cond_scale)
-
     def scale_at(self, t: int, timesteps: int, steps: int) -> float:
         """The scale at step t of so many timesteps, of which the sampler takes so many steps."""
         if self.wave_guidance:
@@ -107,23 +99,16 @@ class Sampling:
         return {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
 
 
-@dataclass
-class Request:
-    """What a video is to follow, as the network sees it: for a batch, on its device."""
-    cond: Tensor | None = None                    # b cond_dim
-    negative: Tensor | None = None                # b cond_dim: guide away from this
-    known: Tensor | None = None                   # b c f h w in [-1, 1], of which the
-    known_mask: Tensor | None = None              # b f bool are known
-    way: list[Tensor] | None = None               # collects what the sampler goes through, if somebody asks
-
-
-def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, generator, progress: samplers.Progress) -> Tensor:
+def draw(
+    diffusion, noise: Tensor, settings: Sampling,
+    *,
+    cond: Tensor | None, negative: Tensor | None,     # (b cond_dim): follow the one, and away from the other
+    known: Tensor | None, mask: Tensor | None,        # (b c f h w) in [-1, 1], of which the (b f) bool are known
+    way: list[Tensor] | None,                         # collects what the sampler goes through, if somebody asks
+    generator: torch.Generator | None, progress: samplers.Progress,
+) -> Tensor:
     """Noise (b c f h w) -> a clean video in [-1, 1], by a GaussianDiffusion."""
-    known, mask = request.known, request.known_mask
-    known_by = None
-    if known is not None:
-        known_by = settings.known_by or known_frames.best_way(diffusion)
-    cond, negative = request.cond, request.negative
+    known_by = None if known is None else settings.known_by or known_frames.best_way(diffusion)
     if known_by == 'guide':              # its gradients need tensors that a caller's inference mode has not made
         noise, known, mask, cond, negative = (x if x is None else x.clone() for x in (noise, known, mask, cond, negative))
     steps = samplers.spaced_steps(diffusion.num_timesteps, settings.steps, settings.spacing)
@@ -143,8 +128,8 @@ def draw(diffusion, noise: Tensor, request: Request, settings: Sampling, *, gene
         steps, noise = known_frames.at_level(steps, noise, known, mask, level, diffusion.alpha_bar)
     elif known is not None and not (diffusion.latents and known_by == 'network'):   # of latents it is told only about right
         denoise = known_frames.replaced(denoise, known, mask)
-    if request.way is not None:
-        denoise = samplers.recorded(denoise, request.way)
+    if way is not None:
+        denoise = samplers.recorded(denoise, way)
     sampler = partial(samplers.ddim, eta=settings.eta) if settings.eta else samplers.SAMPLERS[settings.sampler]
     x = sampler(denoise, noise, diffusion.alpha_bar, steps, generator=generator, progress=progress)
     return torch.where(mask[:, None, :, None, None], known, x) if known_by == 'level' else x
