@@ -31,19 +31,28 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from . import fused
-from .recompute import in_slices, little
+from .recompute import in_slices, little, on_cpu
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Softmax attention, of all but the linear one: q, k, v (..., heads, n, d).
 
     `bias` is added to the logits; where it is a bool mask, queries see the keys at True only. With a learned bias in
-    training, torch's fused kernels fall back to a slower path than these three lines.
+    training, torch's fused kernels fall back to a slower path than this one.
     """
     if bias is None or bias.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q = q * q.shape[-1] ** -0.5                                     # before the product, whose sums fp16 could not hold
-    return (q @ k.transpose(-1, -2) + bias).softmax(dim=-1) @ v
+    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last axis of (..., m, n, k). On a CPU torch takes rows shorter than a register number by number; twenty times
+    faster is another axis, of which it takes sixteen at a time."""
+    if torch.compiler.is_compiling() or x.shape[-1] >= 16 or not on_cpu(x):
+        return x.softmax(dim=-1)
+    columns = x.flatten(-3, -2).transpose(-1, -2).contiguous()      # ... k m*n
+    return columns.softmax(dim=-2).transpose(-1, -2).unflatten(-2, x.shape[-3:-1])
 
 
 class ChannelNorm(nn.Module):
@@ -134,15 +143,26 @@ class TemporalAttention(nn.Module):
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
     def look_along_time(self, x: Tensor, to_qk: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
-        """To turn what a weight makes of any input is to turn the weight, once for each frame: to_qk (f c 2*heads*d)."""
+        """x (b f n c). To turn what a weight makes of any input is to turn the weight, for each frame: to_qk (f c 2*heads*d)."""
         rows = self.norm(x)
-        qk = torch.einsum('b f n c, f c o -> b f n o', rows, to_qk)
-        v = rows @ to_v
-        if fused.fits(v, self.dim_head, x.shape[1]):
-            return x + self.to_out(fused.along_time(qk, v, bias, self.heads))
-        q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=self.heads)
-        v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
-        return x + self.to_out(rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)'))
+        if fused.fits(rows, self.dim_head, x.shape[1]):
+            qk = torch.einsum('b f n c, f c o -> b f n o', rows, to_qk)
+            return x + self.to_out(fused.along_time(qk, rows @ to_v, bias, self.heads))
+
+        to_q, to_k = to_qk.chunk(2, dim=-1)                                                # apart, so that neither is copied later
+        q, k = (torch.einsum('b f n c, f c o -> b f n o', rows, weight) for weight in (to_q * self.dim_head ** -0.5, to_k))
+        q, k = (rearrange(each, 'b f n (heads d) -> b n heads f d', heads=self.heads) for each in (q, k))
+        weights = softmax(q @ k.transpose(-1, -2) + bias)                                  # b n heads f f
+        if x.shape[-1] <= self.dim_head:
+            return x + self.without_values(rows, weights, to_v)
+        v = rearrange(rows @ to_v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
+        return x + self.to_out(rearrange(weights @ v, 'b n heads f d -> b f n (heads d)'))
+
+    def without_values(self, rows: Tensor, weights: Tensor, to_v: Tensor) -> Tensor:
+        """weights (rows to_v) to_out = (weights rows) (to_v to_out): where rows are narrower than values, and one for all heads."""
+        seen = torch.einsum('b n h f g, b g n c -> b f n h c', weights, rows).flatten(-2)                  # b f n heads*c
+        to_v, to_out = (w.unflatten(-1, (self.heads, -1)) for w in (to_v, whole_weight(self.to_out)))
+        return seen @ torch.einsum('c h d, o h d -> h c o', to_v, to_out).flatten(0, 1)
 
     def look_at_oneself(self, x: Tensor, to_v: Tensor) -> Tensor:
         return x + self.to_out(self.norm(x) @ to_v)
@@ -246,7 +266,7 @@ def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     right: first the context k^T v, a d x d summary of all rows, and then q times that.
     """
     context = k.transpose(-1, -2).softmax(dim=-1) @ v                           # ... heads d d; fastest along the last axis
-    return q.softmax(dim=-1) @ (context * q.shape[-1] ** -0.5)                  # scaled where there is least to scale
+    return softmax(q) @ (context * q.shape[-1] ** -0.5)                  # scaled where there is least to scale
 
 
 class SpatialLinearAttention(SpatialAttention):
@@ -255,6 +275,25 @@ class SpatialLinearAttention(SpatialAttention):
     core, has_bias = staticmethod(attend_linearly), True
 
     def look_around(self, x: Tensor) -> Tensor:
+        rows = self.norm(x)                                                         # b n c
         if fused.fits(x, self.dim_head):
-            return x + self.to_out(fused.linearly(self.to_qkv(self.norm(x)), self.heads))
-        return super().look_around(x)
+            return x + self.to_out(fused.linearly(self.to_qkv(rows), self.heads))
+        if x.shape[-2] > x.shape[-1]:
+            return x + self.without_values(rows)
+        return x + self_attention(rows, self.to_qkv, self.to_out, self.heads, attend_linearly)
+
+    def without_values(self, rows: Tensor) -> Tensor:
+        """The same for rows (b n c) that are more than their channels. With v = rows to_v all is one chain of products,
+
+            softmax(q) (softmax(k)^T rows) to_v to_out
+
+        and from the right rows come last: no pixel has a value, only a query and a key.
+        """
+        to_q, to_k, to_v = whole_weight(self.to_qkv).unflatten(0, (3, self.heads, -1))                          # heads d c
+        to_out = whole_weight(self.to_out).unflatten(1, (self.heads, -1))                                       # c heads d
+        q = softmax((rows @ to_q.flatten(0, 1).t()).unflatten(-1, (self.heads, -1))).flatten(-2)                # b n heads*d
+        k = (to_k.flatten(0, 1) @ rows.transpose(1, 2)).softmax(dim=-1)                                         # b heads*d n
+        seen = (k @ rows).unflatten(1, (self.heads, -1))                                                        # b heads d c
+        context = torch.einsum('b h d c, h e c -> b h d e', seen, to_v) * self.dim_head ** -0.5
+        told = torch.einsum('b h d e, c h e -> b h d c', context, to_out).flatten(1, 2)                         # b heads*d c
+        return q @ told + self.to_out.bias

@@ -36,8 +36,11 @@ def fits(x: Tensor, dim_head: int | None = None, frames: int | None = None) -> b
         return False
     if dim_head not in (None, 16, 32, 64, 128) or (frames or 0) > MOST_FRAMES:
         return False
+    if torch.compiler.is_compiling():
+        return True
     real = torch.device('cuda') if x.device.type == 'meta' and torch.cuda.is_available() else x.device
-    return torch.compiler.is_compiling() or stages(real, x.dtype, dim_head, frames) > 0
+    products = torch.get_autocast_dtype('cuda') if dim_head and torch.is_autocast_enabled('cuda') else x.dtype
+    return stages(real, products, dim_head, frames) > 0
 
 
 @cache

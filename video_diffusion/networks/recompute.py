@@ -98,9 +98,10 @@ class Slices(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast('cpu', *ctx.autocast):
                 part = part.detach().requires_grad_()
                 out = ctx.function(part, *others)
-            first, *rest = torch.autograd.grad(out, (part, *learn), part_grad, materialize_grads=True)
+            first, *rest = torch.autograd.grad(out, (part, *learn), part_grad, allow_unused=True)
             place.copy_(first)
             for total, more in zip(sums, rest):
-                total += more
+                if more is not None:                                 # of a weight that the function does not use
+                    total += more
         sums = iter(sums)
         return None, None, None, None, grad_x, *(next(sums) if t.requires_grad else None for t in tensors)

@@ -31,12 +31,20 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat((angle.sin(), angle.cos()), dim=-1)  # (... dim)
 
 
+LARGE = 2 ** 20         # numbers of a weight, 4 MB
+
+
 class FrameConv(nn.Conv2d):
     """A 1 x k x k convolution: a 2-D one that sees every frame as an image of its own."""
 
     def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         bias = self.bias if with_bias else None
-        return per_frame(lambda x: self._conv_forward(x, self.weight, bias), x)
+        if self.weight.numel() < LARGE or not on_cpu(x):
+            return per_frame(lambda x: self._conv_forward(x, self.weight, bias), x)
+        # The gradient of such a weight would leave the cache and come back for every frame; for a clip, an image of three
+        # axes to the same kernel, it does so once. Whose memory is not channels-last, for then nor is the weight's.
+        y = F.conv3d(x.contiguous(), self.weight.unsqueeze(2), bias, (1, *self.stride), (0, *self.padding))
+        return y.contiguous(memory_format=torch.channels_last_3d)
 
 
 class FrameConvTranspose(nn.ConvTranspose2d):
