@@ -54,9 +54,9 @@ def test_the_estimate_for_a_gpu(monkeypatch):
     pytest.importorskip('triton')
     need = estimate(diffusion, device=torch.device('cuda'))
     assert (need.gradients + 8 * need.per_clip) / 2 ** 20 == pytest.approx(5071, rel=0.05)
-    assert need.per_clip > 1.5 * estimate(diffusion).per_clip
     monkeypatch.setattr(fused, 'TRITON', False)
-    assert need.per_clip < estimate(diffusion, device=torch.device('cuda')).per_clip         # where there are no kernels
+    whole = estimate(diffusion, device=torch.device('cuda'))                                 # where there are no kernels
+    assert whole.per_clip > max(need.per_clip, 1.5 * estimate(diffusion).per_clip)
 
 
 @pytest.mark.parametrize('muon', [False, True])

@@ -13,11 +13,13 @@ from video_diffusion.networks.attention import (
     SpatialAttention,
     SpatialLinearAttention,
     SpatialSelfAttention,
+    TemporalAttention,
     attend,
     attend_linearly,
     rotate,
     rotations,
     self_attention,
+    softmax,
 )
 from video_diffusion.networks.transformer import FeedForward, SpatialTransformer, TransformerBlock
 
@@ -159,12 +161,51 @@ def test_self_attention_of_an_image_equals_diffusers():
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
 
 
-def test_linear_attention_is_the_core_of_the_spatial_one():
+@pytest.mark.parametrize('length', [1, 7, 15, 16, 40])
+def test_softmax_over_short_rows_is_softmax(length):
+    x = torch.randn(2, 3, 4, length, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    ours, theirs = softmax(x), x.softmax(-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (ours, theirs)), rtol=1e-12, atol=1e-14)
+
+
+def output_and_gradients(layer, x, function):
+    y = function(x)
+    return y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum(), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 4), (3, 3), (4, 5)])              # fewer pixels than channels, as many, more
+def test_spatial_linear_attention_is_linear_attention_in_whatever_order(size):
     torch.manual_seed(0)
-    spatial, x = SpatialLinearAttention(8, 2, 4), torch.randn(2, 8, 3, 4, 5)
-    rows = rearrange(x, 'b c f h w -> (b f) (h w) c')
-    seen = self_attention(spatial.norm(rows), spatial.to_qkv, spatial.to_out, 2, attend_linearly)
-    torch.testing.assert_close(spatial(x), rearrange(rows + seen, '(b f) (h w) c -> b c f h w', b=2, h=4))
+    layer = shaken(SpatialLinearAttention(8, 2, 4)).double()
+    x = torch.randn(2, 8, 3, *size, dtype=torch.float64, requires_grad=True)
+
+    def plain(x):
+        rows = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        seen = self_attention(layer.norm(rows), layer.to_qkv, layer.to_out, 2, attend_linearly)
+        return rearrange(rows + seen, '(b f) (h w) c -> b c f h w', b=2, h=size[0])
+    for a, b in zip(output_and_gradients(layer, x, layer), output_and_gradients(layer, x, plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('channels', [4, 8, 12])                               # fewer than a head has features, as many, more
+@pytest.mark.parametrize('frames', [1, 5, 17])
+def test_temporal_attention_is_attention_over_frames_in_whatever_order(channels, frames):
+    torch.manual_seed(0)
+    layer, turn = shaken(TemporalAttention(channels, 2, 8, None)).double(), rotations(frames, RotaryEmbedding(8), 8)
+    x = torch.randn(2, channels, frames, 2, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, frames, frames, dtype=torch.float64)
+
+    def plain(x):
+        rows = layer.to_qkv(layer.norm(rearrange(x, 'b c f h w -> b h w f c')))
+        q, k, v = rows.chunk(3, dim=-1)
+        q, k = (rotate(each, turn).diagonal(dim1=-3, dim2=-2).mT for each in (q, k))            # each row turned as its own frame
+        q, k, v = (rearrange(each, 'b h w f (heads d) -> b h w heads f d', heads=2) for each in (q, k, v))
+        seen = rearrange((q @ k.mT * 8 ** -0.5 + bias).softmax(-1) @ v, 'b h w heads f d -> b h w f (heads d)')
+        return x + rearrange(layer.to_out(seen), 'b h w f c -> b c f h w')
+    for a, b in zip(output_and_gradients(layer, x, lambda x: layer(x, bias, turn)), output_and_gradients(layer, x, plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize('kind', [SpatialAttention, SpatialLinearAttention])

@@ -182,7 +182,7 @@ def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, 
 class SpatialAttention(nn.Module):
     """The pixels of a frame attend to one another."""
 
-    core, has_bias = staticmethod(attend), False
+    has_bias = False
 
     def __init__(self, dim: int, heads: int, dim_head: int = 32):
         super().__init__()
@@ -199,7 +199,7 @@ class SpatialAttention(nn.Module):
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
 
     def look_around(self, x: Tensor) -> Tensor:
-        return x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads, self.core)
+        return x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads)
 
 
 class SpatialSelfAttention(nn.Module):
@@ -266,13 +266,13 @@ def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     right: first the context k^T v, a d x d summary of all rows, and then q times that.
     """
     context = k.transpose(-1, -2).softmax(dim=-1) @ v                           # ... heads d d; fastest along the last axis
-    return softmax(q) @ (context * q.shape[-1] ** -0.5)                  # scaled where there is least to scale
+    return softmax(q) @ (context * q.shape[-1] ** -0.5)                         # scaled where there is least to scale
 
 
 class SpatialLinearAttention(SpatialAttention):
     """The pixels of a frame attend to one another at a cost linear in their number."""
 
-    core, has_bias = staticmethod(attend_linearly), True
+    has_bias = True
 
     def look_around(self, x: Tensor) -> Tensor:
         rows = self.norm(x)                                                         # b n c
@@ -283,17 +283,18 @@ class SpatialLinearAttention(SpatialAttention):
         return x + self_attention(rows, self.to_qkv, self.to_out, self.heads, attend_linearly)
 
     def without_values(self, rows: Tensor) -> Tensor:
-        """The same for rows (b n c) that are more than their channels. With v = rows to_v all is one chain of products,
+        """The same, sooner where rows (b n c) are more than their channels. With v = rows to_v all is one chain of products,
 
-            softmax(q) (softmax(k)^T rows) to_v to_out
+            softmax(q) (((softmax(k)^T rows) to_v) to_out)
 
-        and from the right rows come last: no pixel has a value, only a query and a key.
+        and in this order no pixel has a value, nor an output of each head: only a query and a key.
         """
-        to_q, to_k, to_v = whole_weight(self.to_qkv).unflatten(0, (3, self.heads, -1))                          # heads d c
-        to_out = whole_weight(self.to_out).unflatten(1, (self.heads, -1))                                       # c heads d
-        q = softmax((rows @ to_q.flatten(0, 1).t()).unflatten(-1, (self.heads, -1))).flatten(-2)                # b n heads*d
-        k = (to_k.flatten(0, 1) @ rows.transpose(1, 2)).softmax(dim=-1)                                         # b heads*d n
-        seen = (k @ rows).unflatten(1, (self.heads, -1))                                                        # b heads d c
-        context = torch.einsum('b h d c, h e c -> b h d e', seen, to_v) * self.dim_head ** -0.5
-        told = torch.einsum('b h d e, c h e -> b h d c', context, to_out).flatten(1, 2)                         # b heads*d c
-        return q @ told + self.to_out.bias
+        to_q, to_k, to_v = whole_weight(self.to_qkv).unflatten(0, (3, self.heads, -1))              # heads d c
+        to_out = whole_weight(self.to_out).unflatten(1, (self.heads, -1))                           # c heads d
+        q = softmax((rows @ to_q.flatten(0, 1).t()).unflatten(-1, (self.heads, -1))).flatten(-2)    # b n heads*d
+        to_k = to_k.flatten(0, 1).expand(rows.shape[0], -1, -1)
+        k = (to_k @ rows.transpose(1, 2)).softmax(dim=-1)                                           # b heads*d n
+        seen = (k @ rows).unflatten(1, (self.heads, -1))                                            # b heads d c
+        context = torch.einsum('b h d c, h e c -> b h d e', seen, to_v) * self.dim_head ** -0.5     # b heads d d
+        told = torch.einsum('b h d e, c h e -> b h d c', context, to_out)                           # b heads d c
+        return q @ told.flatten(1, 2) + self.to_out.bias
