@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageSequence
 
 from video_diffusion import show
+from video_diffusion.data.frames import naming
 from video_diffusion.data.gif import gif_to_tensor, read_frames, tile, video_tensor_to_gif
 
 # ------------------------------------------------------------- a second, slow and plain, writer and composer
@@ -361,3 +362,10 @@ def test_a_file_is_what_its_name_says_and_time_is_in_milliseconds(tmp_path, name
         video_tensor_to_gif(torch.zeros(1, 1, 2, 2), tmp_path / name, duration)
     assert not list(tmp_path.iterdir())
     video_tensor_to_gif(torch.zeros(1, 1, 2, 2), tmp_path / 'X.GIF', 10)
+
+
+def test_an_error_without_words_is_told_by_its_name(tmp_path):
+    (tmp_path / 'a.gif').touch()
+    with pytest.raises(ValueError, match='a.gif cannot be read: ZeroDivisionError'):
+        with naming(tmp_path / 'a.gif'):
+            raise ZeroDivisionError

@@ -48,7 +48,7 @@ def naming(path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        raise ValueError(f'{path} cannot be read: {error or type(error).__name__}') from error
+        raise ValueError(f'{path} cannot be read: {str(error) or type(error).__name__}') from error
 
 
 def nearest(timed: Iterable, fps: float, start: int = 0, num_frames: int | None = None) -> Iterator:
