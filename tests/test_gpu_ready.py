@@ -14,7 +14,7 @@ from torch import nn
 
 from video_diffusion import CausalVAE, DiT, TemporalVAE, Unet3D
 from video_diffusion.networks import dit as dit_room
-from video_diffusion.networks import recompute, unet_blocks
+from video_diffusion.networks import attention, recompute, unet_blocks
 from video_diffusion.networks.attention import attend
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def test_the_network_of_a_gpu_is_that_of_a_cpu(make, monkeypatch):
         weight.data += 0.2 * torch.randn_like(weight)                       # gains of 1 and gates of 0 would hide much
     inputs = torch.randn(SHAPE, dtype=torch.float64), torch.tensor([3., 700.], dtype=torch.float64)
     expected = output_and_gradients(network, *inputs)
-    for module in (recompute, unet_blocks, dit_room):
+    for module in (recompute, unet_blocks, dit_room, attention):
         monkeypatch.setattr(module, 'on_cpu', lambda x: False)
     for a, b in zip(expected, output_and_gradients(network, *inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
