@@ -13,8 +13,8 @@ from test_fake_device import SHAPE, causal, dit, latent, unet
 from torch import nn
 
 from video_diffusion import CausalVAE, DiT, TemporalVAE, Unet3D
-from video_diffusion.networks import dit as dit_room
 from video_diffusion.networks import attention, recompute, unet_blocks
+from video_diffusion.networks import dit as dit_room
 from video_diffusion.networks.attention import attend
 
 ROOT = Path(__file__).parent.parent
