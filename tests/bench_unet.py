@@ -6,7 +6,8 @@
 
 Every number comes from a fresh process; theirs and ours take turns, `--repeat` times. A ratio is ours / theirs, the
 median over the turns, with the smallest and the largest behind it. Time on the CPU is that of the process on one thread,
-so that other work on the machine counts little, and two processes run side by side; on CUDA it is wall time.
+so that other work on the machine counts little, and two processes run side by side; on CUDA, and with `--threads 2`, for
+a quiet machine, it is wall time.
 
     setting   on a CPU the allocator: `stock`, or `tuned` as train.py tunes it (memory.py), for both packages;
               on CUDA the precision: fp32, or bf16 by autocast
@@ -28,6 +29,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 
 import torch
@@ -52,6 +54,7 @@ def main():
     parser.add_argument('--ours', nargs='+', choices=('plain', 'lean', 'compiled'))
     parser.add_argument('--repeat', type=int, default=3)
     parser.add_argument('--side-by-side', type=int, help='processes at a time (default: 2 on a CPU, 1 on a GPU)')
+    parser.add_argument('--threads', type=int, default=1, help='of a process on a CPU')
     parser.add_argument('--job', help='used by this script itself')
     args = parser.parse_args()
     if args.job:
@@ -59,7 +62,7 @@ def main():
     on_cpu = args.device == 'cpu'
     cases = args.cases or ['d16', 'd64', 'd64x64', *([] if on_cpu else ['d64b32']), 'loader']
     settings = args.settings or (['stock', 'tuned'] if on_cpu else ['fp32', 'bf16'])
-    side_by_side = args.side_by_side or (min(2, os.cpu_count()) if on_cpu else 1)
+    side_by_side = args.side_by_side or (max(1, min(2, os.cpu_count()) // args.threads) if on_cpu else 1)
     print(f'{args.device}, torch {torch.__version__}, {args.repeat} turns\n')
     results = {}
     if networks := [case for case in cases if case != 'loader']:
@@ -70,7 +73,7 @@ def main():
                 # What recomputing saves does not depend on the allocator, so stock is spared the time.
                 variants = args.ours or ['plain', *(['lean'] if setting != 'stock' else []), *([] if on_cpu else ['compiled'])]
                 turns = take_turns(['theirs', *variants], CASES[case][2] or args.repeat, side_by_side,
-                                   case=case, setting=setting, device=args.device)
+                                   case=case, setting=setting, device=args.device, threads=args.threads)
                 for variant in variants:
                     print(row(case, setting, variant, turns), flush=True)
                 results[f'{case} {setting}'] = turns
@@ -89,7 +92,8 @@ def main():
 def take_turns(who, count, side_by_side, **job):
     """For each of `who` its results, one for each turn."""
     def measure(name):
-        environment = dict(os.environ, OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TQDM_DISABLE='1')
+        threads = str(job.get('threads', 1))
+        environment = dict(os.environ, OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, TQDM_DISABLE='1')
         out = subprocess.run([sys.executable, __file__, '--job', json.dumps(dict(job, who=name))], env=environment,
                              text=True, stdout=subprocess.PIPE, check=True, timeout=3600).stdout
         return json.loads(out.strip().split('\n')[-1])
@@ -157,12 +161,13 @@ def run_job(job):
         if device.type == 'cuda':
             work()                                                 # cuDNN chooses, torch.compile compiles
             rounds = 10
-        start = clock(device)
+        now = time.perf_counter if job['threads'] > 1 else partial(clock, device)
+        start = now()
         for _ in range(rounds):
             work()
-        result[name] = (clock(device) - start) / rounds
+        result[name] = (now() - start) / rounds
     result['sample'] /= diffusion.num_timesteps
-    if job['who'] == 'plain' and job['setting'] != 'stock':
+    if job['who'] == 'plain' and job['setting'] != 'stock' and job['threads'] == 1:
         unet.zero_grad()
         with MatrixWork(device) as floor:
             step()
