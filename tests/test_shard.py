@@ -35,7 +35,7 @@ def make_trainer(clips, results, processes=CPU, *, kind='plain', shard=False, st
     return soften(Trainer(
         diffusion, clips, train_batch_size=4 // processes.world_size, gradient_accumulate_every=2, train_num_steps=steps,
         train_lr=1e-3, step_start_ema=1, update_ema_every=1, ema_decay=0.5, max_grad_norm=0.1, save_and_sample_every=2,
-        num_sample_rows=1, sample_steps=1, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard,
+        num_sample_rows=1, sample_steps=2, cond_scale=2., log_every=2, results_folder=results, processes=processes, shard=shard,
         muon_lr=muon_lr))
 
 
