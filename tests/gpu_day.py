@@ -30,7 +30,8 @@ class Day:
     def seconds(self, work, rounds: int = 5) -> float:
         if self.cuda:
             torch.cuda.empty_cache()                                        # of what was measured before: too full, it is slow
-        for _ in range(1 if self.tiny else 3):
+        rounds, warm = (1, 1) if self.tiny else (rounds, 3)
+        for _ in range(warm):
             work()
         start = self.clock()
         for _ in range(rounds):
