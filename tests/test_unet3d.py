@@ -5,6 +5,7 @@ import torch
 from einops import rearrange
 from video_diffusion_pytorch import Unet3D as PeerUnet3D
 
+from video_diffusion.networks import unet_blocks
 from video_diffusion.networks.unet3d import Unet3D
 from video_diffusion.weights.lucidrains import unet_from_lucidrains, unet_to_lucidrains
 
@@ -163,3 +164,21 @@ def test_frames_that_look_alike_are_told_apart_by_their_numbers_alone():
     each = Unet3D(**small, frame_numbers=True)
     torch.testing.assert_close(each(still, t, cond), each(still, t[:, None].expand(2, 4), cond))
     assert Unet3D(**each.config).load_state_dict(each.state_dict())
+
+
+@pytest.mark.parametrize('how', [dict(kernel_size=3, padding=1), dict(kernel_size=4, stride=2, padding=1), dict(kernel_size=1)])
+@pytest.mark.parametrize('with_bias', [False, True])
+def test_a_large_weight_convolves_a_clip_at_once(how, with_bias, monkeypatch):
+    """As one image of three axes, which must be the frames' images one by one, channels-last as all is between layers."""
+    torch.manual_seed(0)
+    conv = unet_blocks.FrameConv(3, 5, **how).double()
+    x = torch.randn(2, 3, 4, 6, 8, dtype=torch.float64).to(memory_format=torch.channels_last_3d).requires_grad_()
+    results = []
+    for large in (10 ** 9, 1):
+        monkeypatch.setattr(unet_blocks, 'LARGE', large)
+        y = conv(x, with_bias)
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)
+        loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+        results.append([y, *torch.autograd.grad(loss, [x, conv.weight] + [conv.bias] * with_bias)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
