@@ -289,7 +289,7 @@ def grade_toy_world(args: argparse.Namespace, trainer: Trainer) -> None:
     captions = shapes.captions()
     prompts = [captions[i * len(captions) // count] for i in range(count)] if trainer.use_captions else None
     with trainer.ema.average_parameters():
-        videos = sample_many(trainer.diffusion, prompts, count, batch_size=max(16, args.batch_size), seed=args.seed + 1,
+        videos = sample_many(trainer.diffusion, prompts, count, batch_size=args.batch_size, seed=args.seed + 1,
                              processes=trainer.processes, **trainer.sampling.changed())
     if trainer.processes.is_main:
         video_tensor_to_gif(videos, trainer.results_folder / 'graded.gif', scale=None)

@@ -33,11 +33,10 @@ def run(number: int, script: str | Path, *args, timeout: float = 200.) -> str:
 
 class Started:
     def __init__(self, number: int, script: str | Path, *args, cwd: str | Path = '.'):
-        handle, self.printed = tempfile.mkstemp()
-        os.close(handle)
+        self.printed = tempfile.NamedTemporaryFile()                # which is gone with this object
         argv = [str(arg) for arg in (script, *args)]
         environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-        self.process = CONTEXT.Process(target=lead, args=(number, argv, str(Path(cwd).resolve()), self.printed, environment))
+        self.process = CONTEXT.Process(target=lead, args=(number, argv, str(Path(cwd).resolve()), self.printed.name, environment))
         self.process.start()
 
     def wait(self, timeout: float) -> None:
@@ -52,7 +51,7 @@ class Started:
 
     @property
     def output(self) -> str:
-        return Path(self.printed).read_text(errors='replace')
+        return Path(self.printed.name).read_text(errors='replace')
 
 
 def lead(number: int, argv: list[str], cwd: str, printed: str, environment: dict[str, str]) -> None:

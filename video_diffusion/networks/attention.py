@@ -15,7 +15,7 @@ Each of these maps a video x (b, c, f, h, w) to `x + attention(norm(x))`. Others
     CrossAttention           rows (b, n, c) look at the rows of a context
     TextAttention            the same for the pixels of a video and a caption's tokens, in the U-Net
 
-All but the linear one share one softmax, `attend`; transformer.py builds on the second half.
+All but the linear one share one softmax, `attend` or the weights in it; transformer.py builds on the second half.
 
 **Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
 channels then lie side by side, so the norms and projections below work on plain rows, and no
@@ -23,6 +23,7 @@ rearrangement in this file that ends in `c` copies anything.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     if bias is None or bias.dtype == torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q = q * q.shape[-1] ** -0.5                                     # before the product, whose sums fp16 could not hold
-    return softmax(q @ k.transpose(-1, -2) + bias) @ v
+    return attention_weights(q, k, bias) @ v
+
+
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """How much each query, scaled, looks at each key: (..., heads, n, n)."""
+    return softmax(q @ k.transpose(-1, -2) + bias)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -145,14 +151,14 @@ class TemporalAttention(nn.Module):
     def look_along_time(self, x: Tensor, to_qk: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
         """x (b f n c). To turn what a weight makes of any input is to turn the weight, for each frame: to_qk (f c 2*heads*d)."""
         rows = self.norm(x)
+        project = partial(torch.einsum, 'b f n c, f c o -> b f n o', rows)
         if fused.fits(rows, self.dim_head, x.shape[1]):
-            qk = torch.einsum('b f n c, f c o -> b f n o', rows, to_qk)
-            return x + self.to_out(fused.along_time(qk, rows @ to_v, bias, self.heads))
+            return x + self.to_out(fused.along_time(project(to_qk), rows @ to_v, bias, self.heads))
 
         to_q, to_k = to_qk.chunk(2, dim=-1)                                                # apart, so that neither is copied later
-        q, k = (torch.einsum('b f n c, f c o -> b f n o', rows, weight) for weight in (to_q * self.dim_head ** -0.5, to_k))
-        q, k = (rearrange(each, 'b f n (heads d) -> b n heads f d', heads=self.heads) for each in (q, k))
-        weights = softmax(q @ k.transpose(-1, -2) + bias)                                  # b n heads f f
+        q, k = (rearrange(project(weight), 'b f n (heads d) -> b n heads f d', heads=self.heads)
+                for weight in (to_q * self.dim_head ** -0.5, to_k))
+        weights = attention_weights(q, k, bias)                                            # b n heads f f
         if x.shape[-1] <= self.dim_head:
             return x + self.without_values(rows, weights, to_v)
         v = rearrange(rows @ to_v, 'b f n (heads d) -> b n heads f d', heads=self.heads)

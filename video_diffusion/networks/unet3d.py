@@ -94,7 +94,7 @@ class Unet3D(nn.Module):
         check_sizes(self.config | dict(init_dim=init_dim or dim))
         self.channels, self.patch, self.cond_frames, self.text_tokens = channels, (1, patch, patch), cond_frames, text_tokens
         self.use_bert_text_cond = use_bert_text_cond
-        self.cond_dim = 768 if use_bert_text_cond else cond_dim
+        self.cond_dim = 768 if use_bert_text_cond else cond_dim         # the width of BERT
         self.has_cond = self.cond_dim is not None
         if text_tokens and not self.has_cond:
             raise ValueError('text_tokens=True: give cond_dim, the width of the tokens')

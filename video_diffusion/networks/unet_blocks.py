@@ -42,7 +42,7 @@ class FrameConv(nn.Conv2d):
         if self.weight.numel() < LARGE or not on_cpu(x):
             return per_frame(lambda x: self._conv_forward(x, self.weight, bias), x)
         # The gradient of such a weight would leave the cache and come back for every frame; for a clip, an image of three
-        # axes to the same kernel, it does so once. Whose memory is not channels-last, for then nor is the weight's.
+        # axes to the same kernel, it does so once. Not channels-last, or the weight would be copied into that layout, too.
         y = F.conv3d(x.contiguous(), self.weight.unsqueeze(2), bias, (1, *self.stride), (0, *self.padding))
         return y.contiguous(memory_format=torch.channels_last_3d)
 
