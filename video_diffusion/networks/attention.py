@@ -15,7 +15,7 @@ Each of these maps a video x (b, c, f, h, w) to `x + attention(norm(x))`. Others
     CrossAttention           rows (b, n, c) look at the rows of a context
     TextAttention            the same for the pixels of a video and a caption's tokens, in the U-Net
 
-All but the linear one share one softmax, `attend` or the weights in it; transformer.py builds on the second half.
+transformer.py builds on the second half.
 
 **Layout.** The U-Net keeps its tensors channels-last: b c f h w by shape, b f h w c in memory. A pixel's
 channels then lie side by side, so the norms and projections below work on plain rows, and no
@@ -23,7 +23,6 @@ rearrangement in this file that ends in `c` copies anything.
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,30 +34,20 @@ from . import fused
 from .recompute import in_slices, little, on_cpu
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention, of all but the linear one: q, k, v (..., heads, n, d).
+class Products(torch.autograd.Function):
+    """q k^T of many small matrices (n, f, d). Torch would derive it by the transposed keys, and write their gradient as columns
+    which all that follows reads as rows: three times the time."""
 
-    `bias` is added to the logits; where it is a bool mask, queries see the keys at True only. With a learned bias in
-    training, torch's fused kernels fall back to a slower path than this one.
-    """
-    if bias is None or bias.dtype == torch.bool:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    q = q * q.shape[-1] ** -0.5                                     # before the product, whose sums fp16 could not hold
-    return attention_weights(q, k, bias) @ v
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        return q @ k.mT
 
-
-def attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """How much each query, scaled, looks at each key: (..., heads, n, n)."""
-    return softmax(q @ k.transpose(-1, -2) + bias)
-
-
-def softmax(x: Tensor) -> Tensor:
-    """Over the last axis of (..., m, n, k). On a CPU torch takes rows shorter than a register number by number; twenty times
-    faster is another axis, of which it takes sixteen at a time."""
-    if torch.compiler.is_compiling() or x.shape[-1] >= 16 or not on_cpu(x):
-        return x.softmax(dim=-1)
-    columns = x.flatten(-3, -2).transpose(-1, -2).contiguous()      # ... k m*n
-    return columns.softmax(dim=-2).transpose(-1, -2).unflatten(-2, x.shape[-3:-1])
+    @staticmethod
+    def backward(ctx, grad):
+        q, k = ctx.saved_tensors
+        grad = grad.contiguous()
+        return grad @ k, grad.mT @ q
 
 
 class ChannelNorm(nn.Module):
@@ -128,6 +117,7 @@ class TemporalAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dim_head = dim_head
+        self.narrow = dim <= dim_head
         self.little = little(dim)
         self.rotary = rotary  # shared by all layers; holds the frequencies
         self.norm = ChannelNorm(dim)
@@ -139,36 +129,52 @@ class TemporalAttention(nn.Module):
 
         `frames_alone`: no frame sees another. Attention to oneself only is the value, whatever the weights.
         """
-        h, width = x.shape[3], self.to_qkv.out_features
+        f, h, width = x.shape[2], x.shape[3], self.to_qkv.out_features
         x = rearrange(x, 'b c f h w -> b f (h w) c')
-        qk, v = whole_weight(self.to_qkv).t().split((width // 3 * 2, width // 3), dim=-1)            # c heads*d
+        to_qk, to_v = whole_weight(self.to_qkv).t().split((width // 3 * 2, width // 3), dim=-1)    # c heads*d
         if frames_alone:
-            x = in_slices(self.look_at_oneself, x, 2, width, v)
+            x = in_slices(self.look_at_oneself, x, 2, width, to_v)
+        elif fused.fits(x, self.dim_head, f):
+            x = in_slices(self.look_along_time_fused, x, 2, width, rotate(to_qk, turn), to_v, bias)
         else:
-            x = in_slices(self.look_along_time, x, 2, width, rotate(qk, turn), v, bias)
+            # To turn what a weight makes of any input is to turn the weight, for each frame.
+            to_q, to_k = (rotate(weight, turn) for weight in to_qk.chunk(2, dim=-1))                # f c heads*d
+            x = in_slices(self.look_along_time, x, 2, width, to_q * self.dim_head ** -0.5, to_k,
+                          self.without_values(to_v) if self.narrow else to_v, rearrange(bias, '... heads f g -> ... g f heads'))
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
-    def look_along_time(self, x: Tensor, to_qk: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
-        """x (b f n c). To turn what a weight makes of any input is to turn the weight, for each frame: to_qk (f c 2*heads*d)."""
+    def look_along_time_fused(self, x: Tensor, to_qk: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
+        """x (b f n c), to_qk (f c 2*heads*d): the product of queries and keys, the softmax and what it weighs in one kernel."""
         rows = self.norm(x)
-        project = partial(torch.einsum, 'b f n c, f c o -> b f n o', rows)
-        if fused.fits(rows, self.dim_head, x.shape[1]):
-            return x + self.to_out(fused.along_time(project(to_qk), rows @ to_v, bias, self.heads))
+        qk = torch.einsum('b f n c, f c o -> b f n o', rows, to_qk)
+        return x + self.to_out(fused.along_time(qk, rows @ to_v, bias, self.heads))
 
-        to_q, to_k = to_qk.chunk(2, dim=-1)                                                # apart, so that neither is copied later
-        q, k = (rearrange(project(weight), 'b f n (heads d) -> b n heads f d', heads=self.heads)
-                for weight in (to_q * self.dim_head ** -0.5, to_k))
-        weights = attention_weights(q, k, bias)                                            # b n heads f f
-        if x.shape[-1] <= self.dim_head:
-            return x + self.without_values(rows, weights, to_v)
-        v = rearrange(rows @ to_v, 'b f n (heads d) -> b n heads f d', heads=self.heads)
-        return x + self.to_out(rearrange(weights @ v, 'b n heads f d -> b f n (heads d)'))
+    def look_along_time(self, x: Tensor, to_q: Tensor, to_k: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
+        """x (b f n c). Frame f looks at frame g: to_q and to_k (f c heads*d) differ by frame, bias is (... g f heads).
 
-    def without_values(self, rows: Tensor, weights: Tensor, to_v: Tensor) -> Tensor:
-        """weights (rows to_v) to_out = (weights rows) (to_v to_out): where rows are narrower than values, and one for all heads."""
-        seen = torch.einsum('b n h f g, b g n c -> b f n h c', weights, rows).flatten(-2)                  # b f n heads*c
+        Products are small and many here, and take what comes as it lies in memory: by frame, where frames have weights of their
+        own; by pixel and head, where frames meet. The softmax is along g, with the other two behind it, for rows shorter than
+        a register are taken number by number.
+        """
+        b, f, n, c = x.shape
+        rows = rearrange(self.norm(x), 'b f n c -> f (b n) c')
+        q, k = (rearrange(rows @ weight, 'f p (heads d) -> (p heads) f d', heads=self.heads) for weight in (to_q, to_k))
+        logits = rearrange(Products.apply(q, k), '(b n heads) f g -> b n g f heads', b=b, n=n).contiguous()
+        weights = (logits + bias).softmax(dim=2)
+        if self.narrow:
+            weights = rearrange(weights, 'b n g f heads -> (b n) (f heads) g')              # no copy
+            seen = weights @ rearrange(rows, 'g p c -> p g c').contiguous()                 # b*n f*heads c
+            seen = rearrange(seen, 'p (f heads) c -> p f (heads c)', f=f) @ to_v
+            return x + rearrange(seen, '(b n) f c -> b f n c', b=b)
+        v = rearrange(rows @ to_v, 'g p (heads d) -> (p heads) g d', heads=self.heads)
+        seen = rearrange(weights, 'b n g f heads -> (b n heads) f g') @ v                   # b*n*heads f d
+        return x + self.to_out(rearrange(seen, '(b n heads) f d -> b f n (heads d)', b=b, n=n))
+
+    def without_values(self, to_v: Tensor) -> Tensor:
+        """weights (rows to_v) to_out = (weights rows) (to_v to_out): sooner where rows are narrower than values, for they are one
+        for all heads. What is left of both weights is (heads*c c)."""
         to_v, to_out = (w.unflatten(-1, (self.heads, -1)) for w in (to_v, whole_weight(self.to_out)))
-        return seen @ torch.einsum('c h d, o h d -> h c o', to_v, to_out).flatten(0, 1)
+        return torch.einsum('c h d, o h d -> h c o', to_v, to_out).flatten(0, 1)
 
     def look_at_oneself(self, x: Tensor, to_v: Tensor) -> Tensor:
         return x + self.to_out(self.norm(x) @ to_v)
@@ -179,7 +185,7 @@ def whole_weight(layer: nn.Linear) -> Tensor:
     return layer.whole_weight() if hasattr(layer, 'whole_weight') else layer.weight
 
 
-def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, core=attend) -> Tensor:
+def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, core=F.scaled_dot_product_attention) -> Tensor:
     """Rows x (b n c) look at one another; `core` is softmax attention or linear attention."""
     q, k, v = rearrange(to_qkv(x), 'b n (qkv heads d) -> qkv b heads n d', qkv=3, heads=heads)
     return to_out(rearrange(core(q, k, v), 'b heads n d -> b n (heads d)'))
@@ -238,7 +244,7 @@ class CrossAttention(nn.Module):
         q = rearrange(self.to_q(x), 'b n (heads d) -> b heads n d', heads=self.heads)
         kv = self.to_kv(x if context is None else context)
         k, v = rearrange(kv, 'b m (kv heads d) -> kv b heads m d', kv=2, heads=self.heads)
-        out = attend(q, k, v, None if mask is None else mask.bool()[:, None, None, :])
+        out = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.bool()[:, None, None, :])
         return self.to_out(rearrange(out, 'b heads n d -> b n (heads d)'))
 
 
@@ -272,7 +278,7 @@ def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     right: first the context k^T v, a d x d summary of all rows, and then q times that.
     """
     context = k.transpose(-1, -2).softmax(dim=-1) @ v                           # ... heads d d; fastest along the last axis
-    return softmax(q) @ (context * q.shape[-1] ** -0.5)                         # scaled where there is least to scale
+    return q.softmax(dim=-1) @ (context * q.shape[-1] ** -0.5)                         # scaled where there is least to scale
 
 
 class SpatialLinearAttention(SpatialAttention):
@@ -280,27 +286,37 @@ class SpatialLinearAttention(SpatialAttention):
 
     has_bias = True
 
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, _, h, w = x.shape
+        if h * w <= x.shape[1] or fused.fits(x, self.dim_head):
+            return super().forward(x)
+        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
+        x = in_slices(self.without_values, x, 0, self.to_qkv.out_features, *self.chain())
+        return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
+
     def look_around(self, x: Tensor) -> Tensor:
         rows = self.norm(x)                                                         # b n c
         if fused.fits(x, self.dim_head):
             return x + self.to_out(fused.linearly(self.to_qkv(rows), self.heads))
-        if x.shape[-2] > x.shape[-1]:
-            return x + self.without_values(rows)
         return x + self_attention(rows, self.to_qkv, self.to_out, self.heads, attend_linearly)
 
-    def without_values(self, rows: Tensor) -> Tensor:
+    def without_values(self, x: Tensor, to_q: Tensor, to_k: Tensor, to_told: Tensor) -> Tensor:
         """The same, sooner where rows (b n c) are more than their channels. With v = rows to_v all is one chain of products,
 
             softmax(q) (((softmax(k)^T rows) to_v) to_out)
 
-        and in this order no pixel has a value, nor an output of each head: only a query and a key.
+        and in this order no pixel has a value, nor an output of each head: only a query and a key. What is left of to_v and
+        to_out is to_told.
         """
-        to_q, to_k, to_v = whole_weight(self.to_qkv).unflatten(0, (3, self.heads, -1))              # heads d c
-        to_out = whole_weight(self.to_out).unflatten(1, (self.heads, -1))                           # c heads d
-        q = softmax((rows @ to_q.flatten(0, 1).t()).unflatten(-1, (self.heads, -1))).flatten(-2)    # b n heads*d
-        to_k = to_k.flatten(0, 1).expand(rows.shape[0], -1, -1)
-        k = (to_k @ rows.transpose(1, 2)).softmax(dim=-1)                                           # b heads*d n
+        rows = self.norm(x)
+        q = (rows @ to_q).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(-2)               # b n heads*d
+        k = (to_k.expand(len(rows), -1, -1) @ rows.mT).softmax(dim=-1)                              # b heads*d n; rows last: fast
         seen = (k @ rows).unflatten(1, (self.heads, -1))                                            # b heads d c
-        context = torch.einsum('b h d c, h e c -> b h d e', seen, to_v) * self.dim_head ** -0.5     # b heads d d
-        told = torch.einsum('b h d e, c h e -> b h d c', context, to_out)                           # b heads d c
-        return q @ told.flatten(1, 2) + self.to_out.bias
+        told = torch.einsum('b h d c, h c o -> b h d o', seen, to_told).flatten(1, 2)               # b heads*d c
+        return x + q @ told + self.to_out.bias
+
+    def chain(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights as the chain wants them: to_q (c heads*d), to_k (heads*d c), to_told (heads c c)."""
+        to_q, to_k, to_v = whole_weight(self.to_qkv).chunk(3)                                       # heads*d c
+        to_v, to_out = (w.unflatten(axis, (self.heads, -1)) for w, axis in ((to_v, 0), (whole_weight(self.to_out), 1)))
+        return to_q.t(), to_k, torch.einsum('h d c, o h d -> h c o', to_v, to_out) * self.dim_head ** -0.5

@@ -33,7 +33,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..checks import one_of, whole
-from .attention import attend
 from .positions import Grid, rope, sincos, step_waves, turn
 from .recompute import on_cpu, recompute
 from .unet3d import Unet3D, bernoulli, with_known_frames
@@ -99,7 +98,7 @@ class DiTBlock(nn.Module):
         q = self.heads(self.to_q(rows), self.q_norm, angles)                         # b heads n+m dim_head
         k = self.heads(self.to_k(rows), self.k_norm, angles)
         v = self.heads(self.to_v(rows))
-        rows = rearrange(attend(q, k, v), 'b heads n d -> b n (heads d)')
+        rows = rearrange(F.scaled_dot_product_attention(q, k, v), 'b heads n d -> b n (heads d)')
         del q, k, v                                                                  # or they would live on through the next line
         text, video = add_gated(text, video, self.to_out(rows), *gates)
 
