@@ -12,7 +12,7 @@ from torch import nn
 
 from video_diffusion import Unet3D
 from video_diffusion.networks import fused
-from video_diffusion.networks.attention import ChannelNorm, SpatialLinearAttention, attend, attend_linearly
+from video_diffusion.networks.attention import ChannelNorm, SpatialLinearAttention, attend_linearly
 from video_diffusion.networks.unet_blocks import Block
 from video_diffusion.vae import planes
 from video_diffusion.vae.causal_blocks import Norm
@@ -68,7 +68,7 @@ def assert_alike(fast, plain, *inputs, bound=2e-6):
 def along_time_plainly(qk, v, bias, heads):
     q, k = rearrange(qk, 'b f n (two heads d) -> two b n heads f d', two=2, heads=heads)
     v = rearrange(v, 'b f n (heads d) -> b n heads f d', heads=heads)
-    return rearrange(attend(q, k, v, bias), 'b n heads f d -> b f n (heads d)')
+    return rearrange(F.scaled_dot_product_attention(q, k, v, bias), 'b n heads f d -> b f n (heads d)')
 
 
 @pytest.mark.parametrize('b, f, n, heads, d', [(2, 5, 9, 2, 16), (1, 10, 17, 1, 32), (1, 33, 5, 1, 16), (2, 2, 3, 1, 64)])

@@ -31,12 +31,12 @@ from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor, nn
 
 from . import fused
-from .recompute import in_slices, little, on_cpu
+from .recompute import in_slices, little
 
 
 class Products(torch.autograd.Function):
-    """q k^T of many small matrices (n, f, d). Torch would derive it by the transposed keys, and write their gradient as columns
-    which all that follows reads as rows: three times the time."""
+    """q k^T of many small matrices (n f d). Torch sees a product with k^T, and writes the gradient of that; all that comes before
+    wants the one of k, row by row, which is another product and takes half the time."""
 
     @staticmethod
     def forward(ctx, q, k):
@@ -207,8 +207,11 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, h = x.shape[0], x.shape[3]
-        x = in_slices(self.look_around, rearrange(x, 'b c f h w -> (b f) (h w) c'), 0, self.to_qkv.out_features)
+        x = self.look(rearrange(x, 'b c f h w -> (b f) (h w) c'))
         return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
+
+    def look(self, x: Tensor) -> Tensor:
+        return in_slices(self.look_around, x, 0, self.to_qkv.out_features)
 
     def look_around(self, x: Tensor) -> Tensor:
         return x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads)
@@ -278,7 +281,7 @@ def attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     right: first the context k^T v, a d x d summary of all rows, and then q times that.
     """
     context = k.transpose(-1, -2).softmax(dim=-1) @ v                           # ... heads d d; fastest along the last axis
-    return q.softmax(dim=-1) @ (context * q.shape[-1] ** -0.5)                         # scaled where there is least to scale
+    return q.softmax(dim=-1) @ (context * q.shape[-1] ** -0.5)                  # scaled where there is least to scale
 
 
 class SpatialLinearAttention(SpatialAttention):
@@ -286,37 +289,34 @@ class SpatialLinearAttention(SpatialAttention):
 
     has_bias = True
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, _, _, h, w = x.shape
-        if h * w <= x.shape[1] or fused.fits(x, self.dim_head):
-            return super().forward(x)
-        x = rearrange(x, 'b c f h w -> (b f) (h w) c')
-        x = in_slices(self.without_values, x, 0, self.to_qkv.out_features, *self.chain())
-        return rearrange(x, '(b f) (h w) c -> b c f h w', b=b, h=h)
+    def look(self, x: Tensor) -> Tensor:
+        width = self.to_qkv.out_features
+        if fused.fits(x, self.dim_head):
+            return in_slices(self.look_around_fused, x, 0, width)
+        if x.shape[-2] <= x.shape[-1]:
+            return super().look(x)
+        to_q, to_k, to_v = whole_weight(self.to_qkv).chunk(3)                                       # heads*d c
+        to_v, to_out = to_v.unflatten(0, (self.heads, -1)), whole_weight(self.to_out).unflatten(1, (self.heads, -1))
+        told = torch.einsum('h d c, o h d -> h c o', to_v, to_out) * self.dim_head ** -0.5          # scaled where it is least
+        return in_slices(self.without_values, x, 0, width, to_q.t(), to_k, told)
 
     def look_around(self, x: Tensor) -> Tensor:
-        rows = self.norm(x)                                                         # b n c
-        if fused.fits(x, self.dim_head):
-            return x + self.to_out(fused.linearly(self.to_qkv(rows), self.heads))
-        return x + self_attention(rows, self.to_qkv, self.to_out, self.heads, attend_linearly)
+        return x + self_attention(self.norm(x), self.to_qkv, self.to_out, self.heads, attend_linearly)
 
-    def without_values(self, x: Tensor, to_q: Tensor, to_k: Tensor, to_told: Tensor) -> Tensor:
+    def look_around_fused(self, x: Tensor) -> Tensor:
+        return x + self.to_out(fused.linearly(self.to_qkv(self.norm(x)), self.heads))
+
+    def without_values(self, x: Tensor, to_q: Tensor, to_k: Tensor, told: Tensor) -> Tensor:
         """The same, sooner where rows (b n c) are more than their channels. With v = rows to_v all is one chain of products,
 
-            softmax(q) (((softmax(k)^T rows) to_v) to_out)
+            softmax(q) ((softmax(k)^T rows) (to_v to_out))
 
-        and in this order no pixel has a value, nor an output of each head: only a query and a key. What is left of to_v and
-        to_out is to_told.
+        and in this order no pixel has a value, nor an output of each head: only a query and a key. to_q (c heads*d), to_k
+        (heads*d c); told (heads c c) is what to_v and to_out make of a row.
         """
         rows = self.norm(x)
         q = (rows @ to_q).unflatten(-1, (self.heads, -1)).softmax(dim=-1).flatten(-2)               # b n heads*d
-        k = (to_k.expand(len(rows), -1, -1) @ rows.mT).softmax(dim=-1)                              # b heads*d n; rows last: fast
+        k = (to_k.expand(rows.shape[0], -1, -1) @ rows.mT).softmax(dim=-1)                          # b heads*d n: fast along n
         seen = (k @ rows).unflatten(1, (self.heads, -1))                                            # b heads d c
-        told = torch.einsum('b h d c, h c o -> b h d o', seen, to_told).flatten(1, 2)               # b heads*d c
-        return x + q @ told + self.to_out.bias
-
-    def chain(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights as the chain wants them: to_q (c heads*d), to_k (heads*d c), to_told (heads c c)."""
-        to_q, to_k, to_v = whole_weight(self.to_qkv).chunk(3)                                       # heads*d c
-        to_v, to_out = (w.unflatten(axis, (self.heads, -1)) for w, axis in ((to_v, 0), (whole_weight(self.to_out), 1)))
-        return to_q.t(), to_k, torch.einsum('h d c, o h d -> h c o', to_v, to_out) * self.dim_head ** -0.5
+        context = torch.einsum('b h d c, h c o -> b h d o', seen, told).flatten(1, 2)               # b heads*d c
+        return x + q @ context + self.to_out.bias

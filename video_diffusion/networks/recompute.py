@@ -93,7 +93,9 @@ class Slices(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         others = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:ctx.number]]
         learn = [t for t in (*others, *tensors[ctx.number:]) if t.requires_grad]
-        sums, grad_x = [torch.zeros_like(t) for t in learn], torch.empty_like(x)
+        # Sums of many slices, for which half precision is too short.
+        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in learn]
+        grad_x = torch.empty_like(x)
         for part, part_grad, place in zip(*(slices(t, ctx.size, ctx.dim) for t in (x, grad, grad_x))):
             with torch.enable_grad(), torch.autocast('cpu', *ctx.autocast):
                 part = part.detach().requires_grad_()
@@ -104,4 +106,4 @@ class Slices(torch.autograd.Function):
                 if more is not None:                                 # of a weight that the function does not use
                     total += more
         sums = iter(sums)
-        return None, None, None, None, grad_x, *(next(sums) if t.requires_grad else None for t in tensors)
+        return None, None, None, None, grad_x, *(next(sums).to(t.dtype) if t.requires_grad else None for t in tensors)
