@@ -56,7 +56,7 @@ def test_the_estimate_for_a_gpu(monkeypatch):
     assert (need.gradients + 8 * need.per_clip) / 2 ** 20 == pytest.approx(5071, rel=0.05)
     monkeypatch.setattr(fused, 'TRITON', False)
     whole = estimate(diffusion, device=torch.device('cuda'))                                 # where there are no kernels
-    assert whole.per_clip > 1.2 * estimate(diffusion).per_clip
+    assert whole.per_clip > 1.3 * estimate(diffusion).per_clip
 
 
 @pytest.mark.parametrize('muon', [False, True])

@@ -123,7 +123,7 @@ def test_attention_along_time_keeps_within_the_range_of_fp16():
     x = torch.ones(1, 32, 3, 1, 1)
     x[:, 16:] = -1
     layer.to_qkv.weight.data[:, 16:] *= -1                                          # so that a row of norm 1 sums up to 80
-    q, k = (layer.half().to_qkv(x.half()[:, :, 0, 0, 0]).chunk(3, dim=-1)[i] for i in (0, 1))
+    q, k, _ = layer.half().to_qkv(x.half()[:, :, 0, 0, 0]).chunk(3, dim=-1)
     assert not (q @ k.mT).isfinite().all()
     turn = rotations(3, RotaryEmbedding(16), 16)
     assert layer(x.half(), torch.zeros(1, 3, 3).half(), turn).isfinite().all()

@@ -139,8 +139,10 @@ class TemporalAttention(nn.Module):
         else:
             # To turn what a weight makes of any input is to turn the weight, for each frame.
             to_q, to_k = (rotate(weight, turn) for weight in to_qk.chunk(2, dim=-1))                # f c heads*d
-            x = in_slices(self.look_along_time, x, 2, width, to_q * self.dim_head ** -0.5, to_k,
-                          self.without_values(to_v) if self.narrow else to_v, rearrange(bias, '... heads f g -> ... g f heads'))
+            if self.narrow:
+                to_v = value_and_output(to_v, whole_weight(self.to_out), self.heads).flatten(0, 1)  # heads*c c
+            x = in_slices(self.look_along_time, x, 2, width, to_q * self.dim_head ** -0.5, to_k, to_v,
+                          rearrange(bias, '... heads f g -> ... g f heads'))
         return rearrange(x, 'b f (h w) c -> b c f h w', h=h)
 
     def look_along_time_fused(self, x: Tensor, to_qk: Tensor, to_v: Tensor, bias: Tensor) -> Tensor:
@@ -154,7 +156,8 @@ class TemporalAttention(nn.Module):
 
         Products are small and many here, and take what comes as it lies in memory: by frame, where frames have weights of their
         own; by pixel and head, where frames meet. The softmax is along g, with the other two behind it, for rows shorter than
-        a register are taken number by number.
+        a register are taken number by number. Where rows are narrower than values, and one for all heads, it is sooner to take
+        weights (rows to_v) to_out as (weights rows) (to_v to_out), and to_v is that product.
         """
         b, f, n, c = x.shape
         rows = rearrange(self.norm(x), 'b f n c -> f (b n) c')
@@ -170,12 +173,6 @@ class TemporalAttention(nn.Module):
         seen = rearrange(weights, 'b n g f heads -> (b n heads) f g') @ v                   # b*n*heads f d
         return x + self.to_out(rearrange(seen, '(b n heads) f d -> b f n (heads d)', b=b, n=n))
 
-    def without_values(self, to_v: Tensor) -> Tensor:
-        """weights (rows to_v) to_out = (weights rows) (to_v to_out): sooner where rows are narrower than values, for they are one
-        for all heads. What is left of both weights is (heads*c c)."""
-        to_v, to_out = (w.unflatten(-1, (self.heads, -1)) for w in (to_v, whole_weight(self.to_out)))
-        return torch.einsum('c h d, o h d -> h c o', to_v, to_out).flatten(0, 1)
-
     def look_at_oneself(self, x: Tensor, to_v: Tensor) -> Tensor:
         return x + self.to_out(self.norm(x) @ to_v)
 
@@ -183,6 +180,11 @@ class TemporalAttention(nn.Module):
 def whole_weight(layer: nn.Linear) -> Tensor:
     """What a layer multiplies its input with: of one that has an adapter beside it (lora.py), more than its `weight`."""
     return layer.whole_weight() if hasattr(layer, 'whole_weight') else layer.weight
+
+
+def value_and_output(to_v: Tensor, to_out: Tensor, heads: int) -> Tensor:
+    """What a row becomes by its value and a head's share of the output: (c heads*d), (o heads*d) -> (heads c o)."""
+    return torch.einsum('c h d, o h d -> h c o', *(weight.unflatten(-1, (heads, -1)) for weight in (to_v, to_out)))
 
 
 def self_attention(x: Tensor, to_qkv: nn.Linear, to_out: nn.Linear, heads: int, core=F.scaled_dot_product_attention) -> Tensor:
@@ -296,8 +298,7 @@ class SpatialLinearAttention(SpatialAttention):
         if x.shape[-2] <= x.shape[-1]:
             return super().look(x)
         to_q, to_k, to_v = whole_weight(self.to_qkv).chunk(3)                                       # heads*d c
-        to_v, to_out = to_v.unflatten(0, (self.heads, -1)), whole_weight(self.to_out).unflatten(1, (self.heads, -1))
-        told = torch.einsum('h d c, o h d -> h c o', to_v, to_out) * self.dim_head ** -0.5          # scaled where it is least
+        told = value_and_output(to_v.t(), whole_weight(self.to_out), self.heads) * self.dim_head ** -0.5    # where least is scaled
         return in_slices(self.without_values, x, 0, width, to_q.t(), to_k, told)
 
     def look_around(self, x: Tensor) -> Tensor:
